@@ -1,0 +1,111 @@
+"""Merge coefficients: the only trainable tensors of a merge.
+
+One value per (group, task), where the granularity decides the groups: the whole model (``task``), each block
+(``layer``), each adapted module (``module``), or each singular direction of each module (``rank``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .factors import Stack
+
+__all__ = ["Coefficients", "Granularity", "block_of"]
+
+Granularity = Literal["task", "layer", "module", "rank"]
+
+_BLOCK = re.compile(r"^(.*?\.)?(\d+)(\.|$)")
+
+
+def block_of(module: str) -> tuple[str, int] | None:
+    """``("encoder.layer", 3)`` for ``"encoder.layer.3.attention.self.query"``; None outside blocks."""
+    found = _BLOCK.match(module)
+    return None if found is None else ((found[1] or "").rstrip("."), int(found[2]))
+
+
+class Coefficients(nn.Module):
+    """Trainable merge coefficients of a set of stacked modules.
+
+    Args:
+        stacks: module path -> stacked updates.
+        tasks: all task names; the order of the coefficients.
+        granularity: "task", "layer", "module" or "rank".
+        init: initial value, one for all or one per task.
+        dtype: float32, or float64 for a float64 model.
+
+    A task that does not adapt a module has no coefficient there: with "module" and "rank" the tensors are
+    ragged, with "task" and "layer" the entry is not read by that module.
+    """
+
+    def __init__(
+        self,
+        stacks: Mapping[str, Stack],
+        tasks: Sequence[str],
+        *,
+        granularity: Granularity = "layer",
+        init: float | Mapping[str, float] = 0.4,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if granularity not in get_args(Granularity):
+            raise ValueError(f"granularity={granularity!r}: choose one of {', '.join(get_args(Granularity))}")
+        self.granularity = granularity
+        self.tasks = tuple(tasks)
+        self._group = {module: _group(module, granularity) for module in stacks}
+        start = {t: float(init[t] if isinstance(init, Mapping) else init) for t in self.tasks}
+        values = {}
+        self._present = {m: [self.tasks.index(t) for t in s.tasks] for m, s in stacks.items()}
+        for module, group in self._group.items():
+            stack = stacks[module]
+            if granularity in ("task", "layer"):
+                names: Sequence[str] = self.tasks
+            elif granularity == "module":
+                names = stack.tasks
+            else:
+                names = [t for t, r in zip(stack.tasks, stack.ranks, strict=True) for _ in range(r)]
+            if group not in values:
+                values[group] = nn.Parameter(torch.tensor([start[t] for t in names], dtype=dtype))
+        # Parameter names may not hold dots.
+        self._key = {group: group.replace(".", "/") for group in values}
+        self.values = nn.ParameterDict({self._key[g]: v for g, v in values.items()})
+
+    def of(self, module: str) -> Tensor:
+        """Coefficients of one module in the order of its stack: ``(K_m,)``, or ``(R_m,)`` for "rank"."""
+        value = self.values[self._key[self._group[module]]]
+        present = self._present[module]
+        if self.granularity in ("module", "rank") or len(present) == len(self.tasks):
+            return value
+        # One product per module: unlike indexing, its gradient is summed in a fixed order on every device.
+        pick = torch.zeros(len(present), len(self.tasks), dtype=value.dtype, device=value.device)
+        pick[range(len(present)), present] = 1.0
+        return pick @ value
+
+    def by_module(self) -> dict[str, Tensor]:
+        """Detached copies for every module, on the CPU."""
+        return {module: self.of(module).detach().cpu().clone() for module in self._group}
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """Module -> task -> coefficient (mean over singular directions for "rank"), for logs."""
+        out = {}
+        for module, value in self.by_module().items():
+            names = [self.tasks[i] for i in self._present[module]]
+            if self.granularity == "rank":
+                out[module] = {"mean": float(value.mean())} if value.numel() else {}
+            else:
+                out[module] = dict(zip(names, value.tolist(), strict=True))
+        return out
+
+
+def _group(module: str, granularity: str) -> str:
+    if granularity == "task":
+        return "all"
+    if granularity == "layer":
+        block = block_of(module)
+        # Modules outside the numbered blocks, a pooler for example, stand for themselves.
+        return module if block is None else f"{block[0]}.{block[1]}".lstrip(".")
+    return module

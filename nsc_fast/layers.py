@@ -1,0 +1,210 @@
+"""MergedLinear: a frozen base layer and K adapters under trainable merge coefficients.
+
+``install`` puts one around every adapted module of a model, ``remove`` takes them out again and leaves the
+model as it was. The merged weight is never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .coefficients import Coefficients, Granularity
+from .factors import LowRankUpdate, Stack, stack
+from .monitor import RatioMonitor
+from .reference import CLAMP
+
+__all__ = ["Installation", "MergedLinear", "features", "install", "remove", "stack_adapters"]
+
+
+def features(layer: nn.Module) -> tuple[int, int] | None:
+    """``(d_out, d_in)`` of a linear-like layer; None for anything else.
+
+    Knows ``nn.Linear`` and its quantised relatives by ``in_features``/``out_features`` and transformers'
+    ``Conv1D`` by ``nx``/``nf``.
+    """
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return int(layer.out_features), int(layer.in_features)
+    if hasattr(layer, "nx") and hasattr(layer, "nf"):
+        return int(layer.nf), int(layer.nx)
+    return None
+
+
+class MergedLinear(nn.Module):
+    """``base(z) + sum_k lambda_k s_k B_k A_k z`` with trainable lambda.
+
+    Args:
+        base: the frozen layer; anything callable with in/out features. Its parameters stop requiring
+            gradients.
+        stacked: the updates of all tasks at this module.
+        coefficients: returns the coefficients, ``(K,)`` per task or ``(R,)`` per singular direction.
+        name: module path, for messages and the monitor.
+        monitor: collects the null-space ratio when this is a target module.
+        on_recorded: called after a ratio was recorded, with nothing.
+        dtype: dtype of the stored factors. Default: the layer's, at least float32.
+        impl: "auto", "triton" or "torch".
+
+    Shape:
+        ``(..., d_in)`` to ``(..., d_out)``.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        stacked: Stack,
+        coefficients: Callable[[], Tensor],
+        *,
+        name: str = "",
+        monitor: RatioMonitor | None = None,
+        on_recorded: Callable[[], None] | None = None,
+        dtype: torch.dtype | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        shape = features(base)
+        update = (stacked.columns.shape[0], stacked.basis.shape[1])
+        if shape is None:
+            raise TypeError(
+                f"module {name!r} ({type(base).__name__}) has no in/out features: it is not a linear layer"
+            )
+        if shape != update:
+            raise ValueError(
+                f"module {name!r} is {shape[0]} x {shape[1]} in the base model, "
+                f"the adapters' updates are {update[0]} x {update[1]}"
+            )
+        self.base = base.requires_grad_(False)
+        weight = getattr(base, "weight", None)
+        device = None if weight is None else weight.device
+        if dtype is None:
+            wide = weight is not None and weight.dtype == torch.float64
+            dtype = torch.float64 if wide else torch.float32
+        self.register_buffer("basis", stacked.basis.to(device, dtype), persistent=False)
+        self.register_buffer("columns", stacked.columns.to(device, dtype), persistent=False)
+        self.register_buffer("segment", stacked.segment.to(device), persistent=False)
+        self.tasks = stacked.tasks
+        self.name = name
+        self.impl = impl
+        self.monitor = monitor
+        self._coefficients = coefficients
+        self._on_recorded = on_recorded
+        # The plain layers, whose product can accumulate onto ours. Anything else (quantised, hooked, ...) is
+        # called and stays in the autograd graph.
+        self._plain = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
+
+    def forward(self, z: Tensor) -> Tensor:
+        task = None
+        if self.monitor is not None and self.monitor.active:
+            task = self.monitor.own_segment(self.name, z)
+        factors = (self.basis, self.columns, self.segment, self._coefficients().to(z.device))
+        kind = {"task": task, "clamp": CLAMP, "impl": self.impl}
+        if self._plain:
+            weight = self.base.weight
+            weight = weight if type(self.base) is nn.Linear else weight.t()
+            y, omega = ops.merged_linear(z, weight, self.base.bias, *factors, **kind)
+        else:
+            y, omega = ops.low_rank_update(self.base(z), z, *factors, **kind)
+        if omega is not None:
+            self.monitor.record(self.name, z, omega)
+            if self._on_recorded is not None and self.monitor.recording:
+                self._on_recorded()
+        return y
+
+    def extra_repr(self) -> str:
+        return f"tasks={list(self.tasks)}, rank={self.basis.shape[0]}, impl={self.impl!r}"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What ``install`` put into a model: the trainable coefficients and the monitor of the ratios."""
+
+    coefficients: Coefficients
+    monitor: RatioMonitor
+    modules: tuple[str, ...]
+
+
+def stack_adapters(adapters: Mapping[str, Mapping[str, LowRankUpdate]]) -> dict[str, Stack]:
+    """Task -> module -> update to module -> stack, in the order of first appearance."""
+    modules = list(dict.fromkeys(m for updates in adapters.values() for m in updates))
+    return {m: stack([(task, u[m]) for task, u in adapters.items() if m in u]) for m in modules}
+
+
+def install(
+    model: nn.Module,
+    adapters: Mapping[str, Mapping[str, LowRankUpdate]],
+    *,
+    targets: Sequence[str] = (),
+    granularity: Granularity = "layer",
+    init: float | Mapping[str, float] = 0.4,
+    preferences: Mapping[str, float] | None = None,
+    on_recorded: Callable[[], None] | None = None,
+    impl: str = "auto",
+) -> Installation:
+    """Puts a :class:`MergedLinear` around every adapted module of ``model``.
+
+    Args:
+        model: the base model; all its parameters stop requiring gradients.
+        adapters: task -> module path -> canonical update (``Adapter.canonical()``).
+        targets: modules whose null-space ratio enters the loss.
+        granularity, init: see :class:`nsc_fast.coefficients.Coefficients`.
+        preferences: pi per task; normalised to sum 1. Default: equal.
+        on_recorded: called after each target module.
+        impl: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: a module is missing in the model, of another shape, already installed, or a target is not
+            adapted. The model is unchanged then.
+    """
+    stacks = stack_adapters(adapters)
+    present = dict(model.named_modules())
+    if any(isinstance(m, MergedLinear) for m in present.values()):
+        raise ValueError("the model already holds merged layers: call remove(model) first")
+    missing = [m for m in stacks if m not in present]
+    if missing:
+        raise ValueError(
+            f"module {missing[0]!r} of adapter {stacks[missing[0]].tasks[0]!r} does not exist in "
+            f"{type(model).__name__} ({len(missing)} missing in all)"
+        )
+    for target in targets:
+        if target not in stacks:
+            raise ValueError(f"target module {target!r} is adapted by no adapter")
+    tasks = tuple(adapters)
+    weights = [1.0 if preferences is None else float(preferences[t]) for t in tasks]
+    monitor = RatioMonitor(
+        tasks, tuple(w / sum(weights) for w in weights), {m: stacks[m].tasks for m in targets}
+    )
+    sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    coefficients = Coefficients(stacks, tasks, granularity=granularity, init=init, dtype=wide)
+    coefficients.to(sample.device)
+    layers = {
+        name: MergedLinear(
+            present[name],
+            stacked,
+            lambda name=name: coefficients.of(name),
+            name=name,
+            monitor=monitor if name in monitor.targets else None,
+            on_recorded=on_recorded if name in monitor.targets else None,
+            impl=impl,
+        )
+        for name, stacked in stacks.items()
+    }
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        _replace(model, name, layer)
+    return Installation(coefficients, monitor, tuple(layers))
+
+
+def remove(model: nn.Module) -> None:
+    """Takes every :class:`MergedLinear` out of ``model``; the base layers are the same objects as before."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MergedLinear):
+            _replace(model, name, module.base)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

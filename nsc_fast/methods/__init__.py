@@ -1,0 +1,39 @@
+"""Merging methods: one small file each, all from the same canonical factors to the same MergeResult.
+
+A new method is one file with a :class:`Method` and one line in ``_MODULES``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+
+from ..errors import RecipeError
+from .base import MergeInputs, Method
+
+__all__ = ["MergeInputs", "Method", "get", "names"]
+
+# Name -> module that defines METHOD. Loaded on use.
+_MODULES = {
+    "nsc": "nsc",
+    "task_arithmetic": "task_arithmetic",
+    "uniform": "uniform",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names of all methods."""
+    return tuple(_MODULES)
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        RecipeError: there is none; names the nearest.
+    """
+    if name not in _MODULES:
+        near = difflib.get_close_matches(name, _MODULES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(_MODULES)}"
+        raise RecipeError(f"unknown merge method {name!r}; {hint}")
+    return import_module(f"{__name__}.{_MODULES[name]}").METHOD

@@ -1,0 +1,248 @@
+"""The fused steps in plain torch: what a CPU runs, and any device on which Triton is not used.
+
+Each function does the work of the launcher of the same name in ``kernels/``, with the same arguments and
+results, so that the differentiable operations above are written once. Half-precision activations are
+lifted to float32 block by block, which keeps the whole computation in float32 without a float32 copy of z.
+
+Notation: N tokens, d features, R stacked rank, G segments (the stacked adapters); ``segment[j]`` is the
+segment of stacked column j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows are handled in blocks of about this size: what one product has read is still in a shared cache when
+# the next one needs it.
+_BLOCK_BYTES = 16 << 20
+
+# A product with few columns (or few terms) is spread over the cores by rows, a tile each: splitting inside
+# the product is up to a third slower at ranks 16 to 64.
+_TILE_ROWS = 256
+
+
+class Projection(NamedTuple):
+    """One pass over z: ``p (N, R)``, ``norm2 (N,)``, ``omega (N, G)``, or ``(N,)`` with task ids."""
+
+    p: Tensor
+    norm2: Tensor | None
+    omega: Tensor | None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are formed: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def project(
+    z: Tensor,
+    q: Tensor,
+    segment: Tensor,
+    *,
+    num_segments: int | None = None,
+    task: Tensor | None = None,
+    clamp: float,
+) -> Projection:
+    """``P = Z Q^T``, ``||z||^2`` and the null-space ratios, with one read of Z.
+
+    Args:
+        z: ``(N, d)``, last dimension contiguous.
+        q: ``(R, d)``, rows orthonormal within a segment.
+        segment: ``(R,)`` int32, ascending.
+        num_segments: G, for the ratios of all segments.
+        task: ``(N,)`` int32 segment of each token's own task, -1 for none (its omega is 1), for the own
+            ratio. With neither, only P is formed.
+        clamp: lower bound of the radicand.
+    """
+    ratio = num_segments is not None or task is not None
+    wide = compute_dtype(z.dtype)
+    qt = q.to(wide).t().contiguous()
+    p = z.new_empty(z.shape[0], q.shape[0], dtype=wide)
+    norm2 = z.new_empty(z.shape[0], dtype=wide) if ratio else None
+    for rows in _blocks(z, wide):
+        block = z[rows].to(wide)
+        if norm2 is not None:
+            torch.linalg.vector_norm(block, dim=1, out=norm2[rows])
+        _thin_mm(block, qt, p[rows])
+    if norm2 is None:
+        return Projection(p, None, None)
+    norm2.square_()
+    if task is None:
+        u = _inside(p, norm2, segment, num_segments)
+    else:
+        own = p.masked_fill(segment != task[:, None], 0.0)
+        u = _inside(own, norm2, segment, 1).squeeze(1)
+    return Projection(p, norm2, u.neg_().add_(1.0).clamp_(min=clamp).sqrt_())
+
+
+def ratio_backward(
+    z: Tensor,
+    q: Tensor,
+    p: Tensor,
+    norm2: Tensor,
+    omega: Tensor,
+    grad_omega: Tensor,
+    segment: Tensor,
+    *,
+    clamp: float,
+) -> Tensor:
+    """``dZ = sum_g (t_g u_g) z - sum_g t_g P_g Q_g`` with ``t = grad_omega / (omega ||z||^2)``, ``(N, d)``.
+
+    ``omega`` and ``grad_omega`` are ``(N, G)``.
+    """
+    t = slope(omega, norm2, grad_omega, clamp=clamp)
+    row_scale = (t * _inside(p, norm2, segment, omega.shape[1])).sum(1)
+    dp = p * (t if t.shape[1] == 1 else t[:, segment.long()])
+    return input_gradient(dp.neg_(), q, row_scale=row_scale, z=z, dtype=z.dtype)
+
+
+def input_gradient(
+    dp: Tensor,
+    q: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    z: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``dZ = dP Q + row_scale * Z``, ``(N, d)``, in ``dtype``; a base layer's product accumulates onto it.
+
+    Args:
+        dp: ``(N, R)``.
+        q: ``(R, d)``.
+        row_scale: ``(N,)`` with ``z (N, d)``, or None.
+    """
+    wide = dp.dtype
+    q = q.to(wide)
+    out = dp.new_empty(dp.shape[0], q.shape[1], dtype=dtype)
+    for rows in _blocks(out, wide):
+        block = out[rows] if out.dtype == wide else torch.empty_like(out[rows], dtype=wide)
+        if row_scale is not None:
+            torch.mul(z[rows].to(wide), row_scale[rows, None], out=block)
+        _thin_mm(dp[rows], q, block, accumulate=row_scale is not None)
+        if out.dtype != wide:
+            out[rows] = block
+    return out
+
+
+def low_rank_output(
+    p: Tensor, c: Tensor, coef: Tensor, *, bias: Tensor | None = None, dtype: torch.dtype
+) -> Tensor:
+    """``Y = (P * coef) C^T + bias``, ``(N, d_out)``, in ``dtype``; the base product accumulates onto it.
+
+    Args:
+        p: ``(N, R)``.
+        c: ``(d_out, R)``.
+        coef: ``(R,)``.
+        bias: ``(d_out,)`` or None.
+    """
+    wide = p.dtype
+    x, ct = p * coef.to(wide), c.to(wide).t()
+    if bias is None:
+        return torch.mm(x, ct).to(dtype)
+    return torch.addmm(bias.to(wide), x, ct).to(dtype)
+
+
+def coefficient_grads(
+    g: Tensor | None,
+    c: Tensor,
+    p: Tensor,
+    coef: Tensor,
+    segment: Tensor,
+    *,
+    task: Tensor | None = None,
+    t: Tensor | None = None,
+    want_dcoef: bool = True,
+    want_dp: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``H = G C``; ``dcoef_j = sum_n P_nj H_nj``; ``dP = H * coef - [own segment] t P``.
+
+    Args:
+        g: ``(N, d_out)`` gradient of the output, or None when nothing downstream depends on it.
+        c: ``(d_out, R)``.
+        p: ``(N, R)``.
+        coef: ``(R,)``.
+        segment, task: as in :func:`project`.
+        t: ``(N,)`` slope of the own ratio, or None; goes with ``task``.
+
+    Returns:
+        ``dp (N, R)`` and ``dcoef (R,)``; None for what is not wanted or has no contribution.
+    """
+    wide = p.dtype
+    dp = dcoef = None
+    if g is not None:
+        h = g.to(wide) @ c.to(wide)
+        if want_dcoef:
+            dcoef = torch.einsum("nr,nr->r", p, h)
+        if want_dp:
+            dp = h.mul_(coef.to(wide))
+    if want_dp and t is not None:
+        term = (p * t[:, None]).masked_fill_(segment != task[:, None], 0.0)
+        dp = term.neg_() if dp is None else dp.sub_(term)
+    return dp, dcoef
+
+
+def slope(omega: Tensor, norm2: Tensor, grad_omega: Tensor, *, clamp: float) -> Tensor:
+    """``t = grad_omega / (omega ||z||^2)``; 0 for zero tokens and at the clamp, where omega is constant."""
+    floor = omega.new_tensor(clamp).sqrt_()
+    norm2 = norm2.view(-1, *[1] * (omega.ndim - 1))
+    live = (omega > floor) & (norm2 > 0)
+    return torch.where(live, grad_omega.to(omega.dtype) / (omega * norm2), 0.0)
+
+
+def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """``(R,)`` values summed per segment, ``(G,)``; a product, so that the order of the sum is fixed."""
+    return _one_hot(segment, num_segments, values.dtype).t() @ values
+
+
+def dense_rows(z: Tensor) -> Tensor:
+    """z with unit stride in its last dimension; rows may be strided."""
+    return z if z.stride(-1) == 1 else z.contiguous()
+
+
+def _one_hot(segment: Tensor, num_segments: int, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.one_hot(segment.long(), num_segments).to(dtype)
+
+
+def _inside(p: Tensor, norm2: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """Share of each token's energy inside each segment's row space, ``(N, G)``; 0 for zero tokens."""
+    if num_segments == 1:
+        energy = torch.linalg.vector_norm(p, dim=1, keepdim=True).square_()
+    else:
+        energy = p.square() @ _one_hot(segment, num_segments, p.dtype)
+    positive = torch.where(norm2 > 0, norm2, 1.0)
+    return energy.div_(positive[:, None])
+
+
+def _thin_mm(x: Tensor, m: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """``out (+)= x @ m`` for a product with a small inner or outer dimension."""
+    beta = 1 if accumulate else 0
+    tiles = x.shape[0] // _TILE_ROWS
+    if x.device.type != "cpu" or tiles < 2 or not (x.is_contiguous() and out.is_contiguous()):
+        torch.addmm(out, x, m, beta=beta, out=out)
+        return
+    whole = tiles * _TILE_ROWS
+    tiled = out[:whole].view(tiles, _TILE_ROWS, -1)
+    torch.baddbmm(
+        tiled,
+        x[:whole].view(tiles, _TILE_ROWS, -1),
+        m.expand(tiles, *m.shape),
+        beta=beta,
+        out=tiled,
+    )
+    if whole < x.shape[0]:
+        torch.addmm(out[whole:], x[whole:], m, beta=beta, out=out[whole:])
+
+
+def _blocks(like: Tensor, wide: torch.dtype) -> Iterator[slice]:
+    """Row ranges of about ``_BLOCK_BYTES``; one range on devices other than the CPU, except for casts."""
+    n, d = like.shape
+    if like.device.type != "cpu" and like.dtype == wide:
+        yield slice(0, n)
+        return
+    step = max(_BLOCK_BYTES // max(d * wide.itemsize, 1), 1)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))

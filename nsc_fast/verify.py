@@ -1,0 +1,250 @@
+"""Checks of a written merge: what PEFT loads from the folder is what was merged.
+
+- ``weights``: the factors on disk, read again, are the merged update;
+- ``reload``: PEFT loads the folder into the base model and gives the outputs of the in-memory merge;
+- ``identity``: one adapter with coefficient 1, written by the same writer, gives itself back;
+- ``difference``: the merge changes the base model's outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .adapters import Adapter, check_against_model, module_shapes, read_adapter, write_lora
+from .errors import MergeError
+from .factors import LowRankUpdate, canonical
+from .layers import install, remove, stack_adapters
+from .loading import load_base
+from .recipe import BaseSpec
+
+__all__ = ["Check", "probe", "verify_folder", "verify_output"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: ``value`` must not exceed ``limit`` (for "difference": must exceed it)."""
+
+    name: str
+    passed: bool
+    value: float
+    limit: float
+    detail: str
+
+
+def verify_output(
+    out: str | os.PathLike[str],
+    updates: Mapping[str, LowRankUpdate],
+    model: nn.Module,
+    *,
+    adapters: Mapping[str, Adapter] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> list[Check]:
+    """All checks of a written folder against the merge in memory.
+
+    Args:
+        out: the written folder.
+        updates: module path -> merged update; truncated to the folder's rank before the comparison.
+        model: the base model; unchanged when the function returns.
+        adapters: the merged adapters, for the identity check of the first one.
+        inputs: model inputs for the comparison of outputs. Default: see :func:`probe`.
+    """
+    written = read_adapter(out, name="merged")
+    rank = max(f.rank for f in written.modules.values())
+    expected = {m: u.truncate(rank)[0] if u.rank > rank else u for m, u in updates.items()}
+    checks = [_weights_check(written, expected)]
+    inputs = dict(inputs) if inputs is not None else probe(model)
+    limit = _limit(model, written)
+    base = _outputs(model, inputs)
+    in_memory = _with_updates(model, expected, inputs)
+    reloaded = _with_peft(model, Path(out), inputs)
+    checks.append(_compare("reload", reloaded, in_memory, limit, "outputs through PEFT against the merge"))
+    change = _distance(in_memory, base)
+    zero = all(u.energy == 0 for u in expected.values())
+    checks.append(
+        Check(
+            "difference",
+            zero or change > 0,
+            change,
+            0.0,
+            "relative change of the base model's outputs" + (" (the update is zero)" if zero else ""),
+        )
+    )
+    if adapters:
+        checks.append(_identity_check(next(iter(adapters.items())), model, inputs))
+    return checks
+
+
+def verify_folder(
+    out: str | os.PathLike[str], *, base_model: str | None = None, device: str = "cpu"
+) -> list[Check]:
+    """Checks an existing output from what stands in it: its coefficients and the adapters it names.
+
+    Raises:
+        MergeError: the folder was not written by a merge, or its sources are gone.
+    """
+    folder = Path(out)
+    summary_file = folder / "nsc_fast" / "merge.json"
+    if not summary_file.is_file():
+        raise MergeError(f"{folder}: no nsc_fast/merge.json; verify needs a folder that `merge` wrote")
+    summary = json.loads(summary_file.read_text(encoding="utf-8"))
+    adapters = {}
+    for task in summary["tasks"]:
+        source = summary["sources"][task]
+        adapters[task] = read_adapter(source["source"], name=task, modules_to_save="drop")
+        if adapters[task].digest != source["digest"]:
+            raise MergeError(f"adapter {task!r} at {source['source']} is not the one that was merged")
+    tensors_file = folder / "nsc_fast" / "coefficients.safetensors"
+    if not tensors_file.is_file():
+        raise MergeError(f"{folder}: method {summary['method']!r} has no coefficients to verify against")
+    coefficients = load_file(str(tensors_file))
+    stacks = stack_adapters({task: adapter.canonical() for task, adapter in adapters.items()})
+    updates = {module: stacked.merged(coefficients[module]) for module, stacked in stacks.items()}
+    types = {adapter.task_type for adapter in adapters.values()}
+    model = load_base(
+        BaseSpec(path=base_model or summary["base_model"]),
+        stacks,
+        task_type=types.pop() if len(types) == 1 else None,
+        device=device,
+    )
+    check_against_model(adapters.values(), model)
+    return verify_output(folder, updates, model, adapters=adapters)
+
+
+def probe(model: nn.Module) -> dict[str, Tensor]:
+    """Two short random inputs for a transformers model: token ids, or pixels.
+
+    Raises:
+        MergeError: the model takes something else; pass ``inputs`` then.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = getattr(model, "config", None)
+    kind = getattr(model, "main_input_name", None)
+    device = next(model.parameters()).device
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if kind == "input_ids" and hasattr(text, "vocab_size"):
+        ids = torch.randint(0, text.vocab_size, (2, 12), generator=generator).to(device)
+        out = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(config, "is_encoder_decoder", False):
+            out["decoder_input_ids"] = ids
+        return out
+    if kind == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        shape = (2, getattr(config, "num_channels", 3), size, size)
+        dtype = next(model.parameters()).dtype
+        return {"pixel_values": torch.randn(shape, generator=generator).to(device, dtype)}
+    raise MergeError(f"cannot make probe inputs for {type(model).__name__}; pass inputs= to the check")
+
+
+def _weights_check(written: Adapter, expected: Mapping[str, LowRankUpdate]) -> Check:
+    got = written.canonical()
+    worst, where = 0.0, ""
+    for module, update in expected.items():
+        other = got.get(module)
+        scale = update.energy**0.5
+        if other is None:
+            error = 1.0 if scale > 0 else 0.0
+        else:
+            # ||C1 Q1 - C2 Q2|| through the stacked factors: no dense matrix.
+            error = _difference(update, other) / scale if scale > 0 else other.energy**0.5
+        if error > worst:
+            worst, where = error, module
+    eps = torch.finfo(_torch_dtype(written.dtype)).eps
+    limit = 4 * eps
+    detail = "factors on disk against the merge, relative" + (f"; worst at {where}" if where else "")
+    return Check("weights", worst <= limit, worst, limit, detail)
+
+
+def _difference(a: LowRankUpdate, b: LowRankUpdate) -> float:
+    both = canonical(torch.cat([a.basis, b.basis]), torch.cat([a.columns, -b.columns], dim=1))
+    return both.energy**0.5
+
+
+def _identity_check(named: tuple[str, Adapter], model: nn.Module, inputs: Mapping[str, Tensor]) -> Check:
+    task, adapter = named
+    limit = _limit(model, adapter)
+    with tempfile.TemporaryDirectory() as scratch:
+        again = Path(scratch) / "identity"
+        write_lora(
+            again,
+            adapter.canonical(),
+            base_model=adapter.base_model or "unknown",
+            base_shapes=module_shapes(model),
+            task_type=adapter.task_type,
+        )
+        ours = _with_peft(model, again, inputs)
+    merged = {task: {m: canonical(f.down, f.up, f.scaling) for m, f in adapter.modules.items()}}
+    theirs = (
+        _with_peft(model, Path(adapter.source), inputs)
+        if Path(adapter.source).is_dir() and not adapter.heads
+        else _with_updates(model, merged[task], inputs)
+    )
+    return _compare("identity", ours, theirs, limit, f"adapter {task!r} with coefficient 1 against itself")
+
+
+def _compare(name: str, got: Tensor, expected: Tensor, limit: float, detail: str) -> Check:
+    value = _distance(got, expected)
+    return Check(name, value <= limit, value, limit, detail)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
+
+
+def _limit(model: nn.Module, adapter: Adapter) -> float:
+    """1e-5 in float32; a few roundings where the base or the folder is kept in half precision."""
+    dtypes = [next(p for p in model.parameters() if p.is_floating_point()).dtype, _torch_dtype(adapter.dtype)]
+    return max(1e-5, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    return names.get(name) or getattr(torch, name.removeprefix("torch."))
+
+
+def _with_updates(
+    model: nn.Module, updates: Mapping[str, LowRankUpdate], inputs: Mapping[str, Tensor]
+) -> Tensor:
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    install(model, {"merged": updates}, granularity="task", init=1.0)
+    try:
+        return _outputs(model, inputs)
+    finally:
+        remove(model)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _with_peft(model: nn.Module, folder: Path, inputs: Mapping[str, Tensor]) -> Tensor:
+    from peft import PeftModel
+
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    loaded = PeftModel.from_pretrained(model, str(folder))
+    try:
+        return _outputs(loaded, inputs)
+    finally:
+        loaded.unload()
+        # PEFT leaves its configuration on the model and would warn of a second adapter.
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _outputs(model: Callable[..., object], inputs: Mapping[str, Tensor]) -> Tensor:
+    """All floating-point outputs of a forward pass, flat, in float32 (float64 stays)."""
+    model.eval()
+    with torch.no_grad():
+        out = model(**inputs)
+    values = out.to_tuple() if hasattr(out, "to_tuple") else out if isinstance(out, tuple) else (out,)
+    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return torch.cat([t.reshape(-1).to(wide) for t in tensors])
