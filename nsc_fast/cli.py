@@ -1,4 +1,4 @@
-"""The command line: ``nsc-fast inspect | validate | merge | verify | demo``."""
+"""The command line: ``nsc-fast inspect | validate | merge | verify | doctor | demo``."""
 
 from __future__ import annotations
 
@@ -168,6 +168,39 @@ def verify_command(
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     _print_checks(checks)
+
+
+@app.command()
+def doctor(device: Device = "auto") -> None:
+    """Tests every kernel on this machine against float64, and says which implementation will be used."""
+    import torch
+
+    from .ops import dispatch, selftest
+    from .result import environment
+
+    chosen = _device(device)
+    console.print(", ".join(f"{name} {version}" for name, version in environment().items()), highlight=False)
+    impl = "triton" if dispatch.obstacle(torch.device(chosen), torch.float32) is None else "torch"
+    if impl == "torch":
+        reason = dispatch.obstacle(torch.device(chosen), torch.float32)
+        console.print(f"device {chosen}: the kernels cannot run: {reason}", highlight=False)
+    findings = selftest.run(chosen, None, impl)
+    table = Table(title=f"self-test of impl={impl!r} on {chosen} against float64")
+    for column in ("operation", "dtype", "relative error", "limit", "result"):
+        table.add_column(column)
+    for one in findings:
+        error = one.reason if one.error is None else f"{one.error:.1e} {one.reason}"
+        result = "[green]ok[/]" if one.passed else "[bold red]FAILED[/]"
+        table.add_row(one.operation, str(one.dtype), error, f"{one.limit:.0e}", result)
+    console.print(table)
+    sound = all(one.passed for one in findings)
+    used = impl if sound else "torch"
+    why = "the self-test passed" if sound else "the self-test failed"
+    if impl == "torch":
+        why = "the kernels cannot run here"
+    console.print(f'impl="auto" uses {used!r} on {chosen}: {why}')
+    if not sound:
+        raise typer.Exit(UNVERIFIED)
 
 
 @app.command()

@@ -100,7 +100,7 @@ class MergedLinear(nn.Module):
         if self.monitor is not None and self.monitor.active:
             task = self.monitor.own_segment(self.name, z)
         factors = (self.basis, self.columns, self.segment, self._coefficients().to(z.device))
-        kind = {"task": task, "clamp": CLAMP, "impl": self.impl}
+        kind = {"num_tasks": len(self.tasks), "task": task, "clamp": CLAMP, "impl": self.impl}
         if self._plain:
             weight = self.base.weight
             weight = weight if type(self.base) is nn.Linear else weight.t()

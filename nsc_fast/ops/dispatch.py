@@ -16,30 +16,41 @@ import torch
 
 from . import torch_steps
 
-__all__ = ["Impl", "resolve", "steps"]
+__all__ = ["Impl", "obstacle", "resolve", "steps"]
+
+# What one program of the kernels keeps in registers; above it torch's products are as good.
+MAX_RANK = 512
 
 Impl = Literal["auto", "triton", "torch"]
 
 
-# Under torch.compile the answer is a constant of the graph.
-@torch.compiler.assume_constant_result
-def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``"triton"`` or ``"torch"`` for tensors of ``dtype`` on ``device``.
+def resolve(impl: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
+    """``"triton"`` or ``"torch"`` for tensors of ``dtype`` on ``device`` and stacked rank ``rank``.
 
     Raises:
         ValueError: ``impl`` is none of "auto", "triton", "torch".
         RuntimeError: "triton" was asked for and cannot run here.
     """
+    # Under torch.compile the rank may be symbolic; the branch makes it a constant of the graph, which
+    # assume_constant_result wants.
+    if rank > MAX_RANK:
+        return _resolve(impl, device, dtype, MAX_RANK + 1)
+    return _resolve(impl, device, dtype, MAX_RANK)
+
+
+# Under torch.compile the answer is a constant of the graph.
+@torch.compiler.assume_constant_result
+def _resolve(impl: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
     if impl not in get_args(Impl):
         raise ValueError(f"impl={impl!r}: choose one of {', '.join(map(repr, get_args(Impl)))}")
     if impl == "torch" or (impl == "auto" and device.type == "cpu"):
         return "torch"
-    obstacle = _obstacle(device, dtype)
+    hindrance = obstacle(device, dtype, rank)
     if impl == "triton":
-        if obstacle is None:
+        if hindrance is None:
             return "triton"
-        raise RuntimeError(f'impl="triton" cannot run: {obstacle}; use impl="auto" or impl="torch"')
-    if obstacle is not None:
+        raise RuntimeError(f'impl="triton" cannot run: {hindrance}; use impl="auto" or impl="torch"')
+    if hindrance is not None:
         return "torch"
     from . import selftest
 
@@ -55,10 +66,12 @@ def steps(impl: str) -> ModuleType:
     return triton_steps
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def obstacle(device: torch.device, dtype: torch.dtype, rank: int = 1) -> str | None:
     """Why the kernels cannot run for these tensors, or None."""
     if dtype == torch.float64:
         return "the kernels take float32, bfloat16 and float16, not float64"
+    if rank > MAX_RANK:
+        return f"the kernels take a stacked rank of at most {MAX_RANK}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

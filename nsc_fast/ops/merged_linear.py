@@ -36,6 +36,7 @@ def merged_linear(
     segment: Tensor,
     coefficients: Tensor,
     *,
+    num_tasks: int,
     task: Tensor | None = None,
     clamp: float = CLAMP,
     impl: str = "auto",
@@ -50,6 +51,7 @@ def merged_linear(
         columns: C, ``(d_out, R)``.
         segment: ``(R,)`` int32, index of the task of each stacked column.
         coefficients: ``(K,)`` per task or ``(R,)`` per singular direction; differentiable.
+        num_tasks: K.
         task: ``(N,)`` int32, segment of each token's own task, -1 for none; None: no ratio is formed.
         clamp: see :func:`nsc_fast.ops.null_space_ratio`.
         impl: "auto", "triton" or "torch".
@@ -62,7 +64,7 @@ def merged_linear(
         dtype = torch.get_autocast_dtype(z.device.type)
         z, weight = z.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
-    return _call(z, None, weight, bias, basis, columns, segment, coefficients, task, clamp, impl)
+    return _call(z, None, weight, bias, basis, columns, segment, coefficients, num_tasks, task, clamp, impl)
 
 
 def low_rank_update(
@@ -73,6 +75,7 @@ def low_rank_update(
     segment: Tensor,
     coefficients: Tensor,
     *,
+    num_tasks: int,
     task: Tensor | None = None,
     clamp: float = CLAMP,
     impl: str = "auto",
@@ -81,7 +84,9 @@ def low_rank_update(
 
     Arguments and results as in :func:`merged_linear`; differentiable in ``y`` as well.
     """
-    return _call(z.to(y.dtype), y, None, None, basis, columns, segment, coefficients, task, clamp, impl)
+    return _call(
+        z.to(y.dtype), y, None, None, basis, columns, segment, coefficients, num_tasks, task, clamp, impl
+    )
 
 
 def _call(
@@ -93,16 +98,17 @@ def _call(
     columns: Tensor,
     segment: Tensor,
     coefficients: Tensor,
+    num_tasks: int,
     task: Tensor | None,
     clamp: float,
     impl: str,
 ) -> tuple[Tensor, Tensor | None]:
     flat = z.reshape(-1, z.shape[-1])
     flat_y = None if y is None else y.reshape(-1, y.shape[-1])
-    impl = dispatch.resolve(impl, z.device, z.dtype)
+    impl = dispatch.resolve(impl, z.device, z.dtype, basis.shape[0])
     run = _op if torch.compiler.is_compiling() else _MergedLinear.apply
     out, omega, _, _ = run(
-        flat, flat_y, weight, bias, basis, columns, segment, coefficients, task, clamp, impl
+        flat, flat_y, weight, bias, basis, columns, segment, coefficients, num_tasks, task, clamp, impl
     )
     return out.view(*z.shape[:-1], columns.shape[0]), None if task is None else omega
 
@@ -116,6 +122,7 @@ def _forward(
     c: Tensor,
     segment: Tensor,
     coefficients: Tensor,
+    num_tasks: int,
     task: Tensor | None,
     clamp: float,
     impl: str,
@@ -123,7 +130,9 @@ def _forward(
     """y ``(N, d_out)``, omega ``(N,)``, P ``(N, R)``, norm2 ``(N,)``; empty where no ratio is wanted."""
     steps = dispatch.steps(impl)
     with torch.autocast(z.device.type, enabled=False):
-        projection = steps.project(dense_rows(z), q, segment, task=task, clamp=clamp)
+        projection = steps.project(
+            dense_rows(z), q, segment, num_tasks, task=task, clamp=clamp, ratio=task is not None
+        )
         out = steps.low_rank_output(projection.p, c, _spread(coefficients, segment), bias=bias, dtype=z.dtype)
         # The product with the frozen weight is the large one: it accumulates onto the small one.
         if weight is not None:
@@ -144,6 +153,7 @@ def _backward(
     c: Tensor,
     segment: Tensor,
     coefficients: Tensor,
+    num_tasks: int,
     task: Tensor | None,
     p: Tensor,
     omega: Tensor,
@@ -156,34 +166,30 @@ def _backward(
     """dZ ``(N, d_in)`` and the coefficients' gradient; empty where not wanted."""
     steps = dispatch.steps(impl)
     with torch.autocast(p.device.type, enabled=False):
-        t = None
-        if grad_omega is not None and task is not None and want_dz:
-            t = steps.slope(omega, norm2, grad_omega, clamp=clamp)
-        dp, dcoef = steps.coefficient_grads(
+        dp, dcoef, row_scale = steps.coefficient_grads(
             g,
             c,
             p,
             _spread(coefficients, segment),
             segment,
+            num_tasks,
             task=task,
-            t=t,
-            want_dcoef=want_dcoef,
+            a=grad_omega if task is not None and want_dz else None,
+            omega=omega,
+            norm2=norm2,
+            clamp=clamp,
+            per_segment=coefficients.shape != segment.shape,
             want_dp=want_dz,
+            want_dcoef=want_dcoef,
         )
         if dcoef is None:
-            dcoef = torch.zeros_like(coefficients) if want_dcoef else coefficients.new_empty(0)
-        elif dcoef.shape != coefficients.shape:
-            dcoef = steps.segment_sum(dcoef, segment, coefficients.shape[0])
+            dcoef = coefficients.new_zeros(coefficients.shape if want_dcoef else 0)
         dtype = z.dtype if z is not None else (g.dtype if g is not None else p.dtype)
         if not want_dz or dp is None:
             empty = (p.shape[0] if want_dz else 0, q.shape[1])
             return p.new_zeros(empty, dtype=dtype), dcoef.to(coefficients.dtype)
         dz = steps.input_gradient(
-            dp,
-            q,
-            row_scale=None if t is None else t * (1.0 - omega.square()),
-            z=None if t is None else dense_rows(z),
-            dtype=dtype,
+            dp, q, row_scale=row_scale, z=None if row_scale is None else dense_rows(z), dtype=dtype
         )
         if weight is not None and g is not None:
             dz.addmm_(g.to(dtype), weight)
@@ -202,7 +208,7 @@ _backward_op = torch.library.custom_op("nsc_fast::merged_linear_backward", _back
 
 
 @_op.register_fake
-def _(z, y, weight, bias, q, c, segment, coefficients, task, clamp, impl):
+def _(z, y, weight, bias, q, c, segment, coefficients, num_tasks, task, clamp, impl):
     n, wide = z.shape[0], compute_dtype(z.dtype)
     p_dtype = wide if impl == "torch" else z.dtype
     scalars = 0 if task is None else n
@@ -216,7 +222,7 @@ def _(z, y, weight, bias, q, c, segment, coefficients, task, clamp, impl):
 
 @_backward_op.register_fake
 def _(
-    g, grad_omega, z, weight, q, c, segment, coefficients, task, p, omega, norm2, clamp, impl,
+    g, grad_omega, z, weight, q, c, segment, coefficients, num_tasks, task, p, omega, norm2, clamp, impl,
     want_dz, want_dcoef,
 ):  # fmt: skip
     dtype = z.dtype if z is not None else (g.dtype if g is not None else p.dtype)
@@ -227,7 +233,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    z, y, weight, _, q, c, segment, coefficients, task, ctx.clamp, ctx.impl = inputs
+    z, y, weight, _, q, c, segment, coefficients, ctx.num_tasks, task, ctx.clamp, ctx.impl = inputs
     _, omega, p, norm2 = output
     ctx.set_materialize_grads(False)
     ctx.want_dz, ctx.want_dy = z.requires_grad, y is not None and y.requires_grad
@@ -244,7 +250,7 @@ def _grad(
     dz = dcoef = None
     if (g is not None or grad_omega is not None) and (ctx.want_dz or ctx.want_dcoef):
         dz, dcoef = run(
-            g, grad_omega, z, weight, q, c, segment, coefficients, task, p, omega, norm2,
+            g, grad_omega, z, weight, q, c, segment, coefficients, ctx.num_tasks, task, p, omega, norm2,
             ctx.clamp, ctx.impl, ctx.want_dz, ctx.want_dcoef,
         )  # fmt: skip
     dy = g if ctx.want_dy else None
@@ -257,6 +263,7 @@ def _grad(
         None,
         None,
         dcoef if ctx.want_dcoef else None,
+        None,
         None,
         None,
         None,

@@ -58,7 +58,7 @@ def null_space_ratio(
         torch.tensor(sizes, device=z.device),
         output_size=sum(sizes),
     )
-    impl = dispatch.resolve(impl, z.device, z.dtype)
+    impl = dispatch.resolve(impl, z.device, z.dtype, basis.shape[0])
     run = _op if torch.compiler.is_compiling() else _NullSpaceRatio.apply
     omega, _, _ = run(flat, basis.detach(), segment, len(sizes), float(clamp), impl)
     shape = z.shape[:-1] if ranks is None else (*z.shape[:-1], len(sizes))
@@ -99,7 +99,7 @@ def _forward(
     z: Tensor, q: Tensor, segment: Tensor, num_segments: int, clamp: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(z.device.type, enabled=False):
-        out = dispatch.steps(impl).project(dense_rows(z), q, segment, num_segments=num_segments, clamp=clamp)
+        out = dispatch.steps(impl).project(dense_rows(z), q, segment, num_segments, clamp=clamp)
     return out.omega, out.p, out.norm2
 
 

@@ -33,6 +33,14 @@ class Projection(NamedTuple):
     omega: Tensor | None
 
 
+class CoefficientGrads(NamedTuple):
+    """``dp (N, R)``, ``dcoef (R,)`` or ``(G,)``, and the row scale ``t u (N,)`` of z; None where absent."""
+
+    dp: Tensor | None
+    dcoef: Tensor | None
+    row_scale: Tensor | None
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums are formed: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -42,10 +50,11 @@ def project(
     z: Tensor,
     q: Tensor,
     segment: Tensor,
+    num_segments: int,
     *,
-    num_segments: int | None = None,
     task: Tensor | None = None,
     clamp: float,
+    ratio: bool = True,
 ) -> Projection:
     """``P = Z Q^T``, ``||z||^2`` and the null-space ratios, with one read of Z.
 
@@ -53,12 +62,12 @@ def project(
         z: ``(N, d)``, last dimension contiguous.
         q: ``(R, d)``, rows orthonormal within a segment.
         segment: ``(R,)`` int32, ascending.
-        num_segments: G, for the ratios of all segments.
-        task: ``(N,)`` int32 segment of each token's own task, -1 for none (its omega is 1), for the own
-            ratio. With neither, only P is formed.
+        num_segments: G.
+        task: ``(N,)`` int32 segment of each token's own task, -1 for none (its omega is 1): only the own
+            ratios are formed.
         clamp: lower bound of the radicand.
+        ratio: False forms P alone.
     """
-    ratio = num_segments is not None or task is not None
     wide = compute_dtype(z.dtype)
     qt = q.to(wide).t().contiguous()
     p = z.new_empty(z.shape[0], q.shape[0], dtype=wide)
@@ -94,7 +103,7 @@ def ratio_backward(
 
     ``omega`` and ``grad_omega`` are ``(N, G)``.
     """
-    t = slope(omega, norm2, grad_omega, clamp=clamp)
+    t = _slope(omega, norm2, grad_omega, clamp)
     row_scale = (t * _inside(p, norm2, segment, omega.shape[1])).sum(1)
     dp = p * (t if t.shape[1] == 1 else t[:, segment.long()])
     return input_gradient(dp.neg_(), q, row_scale=row_scale, z=z, dtype=z.dtype)
@@ -152,50 +161,54 @@ def coefficient_grads(
     p: Tensor,
     coef: Tensor,
     segment: Tensor,
+    num_segments: int,
     *,
     task: Tensor | None = None,
-    t: Tensor | None = None,
-    want_dcoef: bool = True,
+    a: Tensor | None = None,
+    omega: Tensor | None = None,
+    norm2: Tensor | None = None,
+    clamp: float,
+    per_segment: bool,
     want_dp: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """``H = G C``; ``dcoef_j = sum_n P_nj H_nj``; ``dP = H * coef - [own segment] t P``.
+    want_dcoef: bool = True,
+) -> CoefficientGrads:
+    """``H = G C``; ``dcoef_j = sum_n P_nj H_nj``; ``dP = H * coef - [own segment] t P``; ``t u``.
 
     Args:
         g: ``(N, d_out)`` gradient of the output, or None when nothing downstream depends on it.
         c: ``(d_out, R)``.
         p: ``(N, R)``.
         coef: ``(R,)``.
-        segment, task: as in :func:`project`.
-        t: ``(N,)`` slope of the own ratio, or None; goes with ``task``.
-
-    Returns:
-        ``dp (N, R)`` and ``dcoef (R,)``; None for what is not wanted or has no contribution.
+        segment, num_segments, task, clamp: as in :func:`project`.
+        a: ``(N,)`` gradient of the own ratio, or None; with ``omega`` and ``norm2`` of :func:`project`.
+        per_segment: sum ``dcoef`` over the columns of each segment.
     """
     wide = p.dtype
-    dp = dcoef = None
+    dp = dcoef = row_scale = None
     if g is not None:
         h = g.to(wide) @ c.to(wide)
         if want_dcoef:
             dcoef = torch.einsum("nr,nr->r", p, h)
+            if per_segment:
+                # A product, so that the order of the sum is fixed on every device.
+                dcoef = _one_hot(segment, num_segments, wide).t() @ dcoef
         if want_dp:
             dp = h.mul_(coef.to(wide))
-    if want_dp and t is not None:
-        term = (p * t[:, None]).masked_fill_(segment != task[:, None], 0.0)
+    if want_dp and a is not None:
+        t = _slope(omega, norm2, a, clamp)
+        own = p.masked_fill(segment != task[:, None], 0.0)
+        row_scale = t * _inside(own, norm2, segment, 1).squeeze(1)
+        term = own.mul_(t[:, None])
         dp = term.neg_() if dp is None else dp.sub_(term)
-    return dp, dcoef
+    return CoefficientGrads(dp, dcoef, row_scale)
 
 
-def slope(omega: Tensor, norm2: Tensor, grad_omega: Tensor, *, clamp: float) -> Tensor:
+def _slope(omega: Tensor, norm2: Tensor, grad_omega: Tensor, clamp: float) -> Tensor:
     """``t = grad_omega / (omega ||z||^2)``; 0 for zero tokens and at the clamp, where omega is constant."""
     floor = omega.new_tensor(clamp).sqrt_()
     norm2 = norm2.view(-1, *[1] * (omega.ndim - 1))
     live = (omega > floor) & (norm2 > 0)
     return torch.where(live, grad_omega.to(omega.dtype) / (omega * norm2), 0.0)
-
-
-def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """``(R,)`` values summed per segment, ``(G,)``; a product, so that the order of the sum is fixed."""
-    return _one_hot(segment, num_segments, values.dtype).t() @ values
 
 
 def dense_rows(z: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""The fused steps as Triton launches: the functions of ``torch_steps``, done by the programs in ``kernels/``.
+
+The factors are kept in float32 and rounded here to the dtype of the activations, in which the matrix units
+multiply; sums are formed in float32. Importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import coefficient_grads as _coefficient_grads
+from ..kernels import expand as _expand
+from ..kernels import project as _project
+from ..kernels import ratio_backward as _ratio_backward
+from .torch_steps import CoefficientGrads, Projection
+
+__all__ = ["coefficient_grads", "input_gradient", "low_rank_output", "project", "ratio_backward"]
+
+
+def project(
+    z: Tensor,
+    q: Tensor,
+    segment: Tensor,
+    num_segments: int,
+    *,
+    task: Tensor | None = None,
+    clamp: float,
+    ratio: bool = True,
+) -> Projection:
+    """See :func:`nsc_fast.ops.torch_steps.project`; P comes in the dtype of z."""
+    out = _project.project(z, q.to(z.dtype), segment, num_segments, task=task, clamp=clamp, ratio=ratio)
+    return Projection(out.p, out.norm2, out.omega)
+
+
+def ratio_backward(
+    z: Tensor,
+    q: Tensor,
+    p: Tensor,
+    norm2: Tensor,
+    omega: Tensor,
+    grad_omega: Tensor,
+    segment: Tensor,
+    *,
+    clamp: float,
+) -> Tensor:
+    """See :func:`nsc_fast.ops.torch_steps.ratio_backward`."""
+    return _ratio_backward.ratio_backward(
+        z, q.to(z.dtype), p, norm2, omega, grad_omega, segment, omega.shape[1], clamp=clamp
+    )
+
+
+def input_gradient(
+    dp: Tensor,
+    q: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    z: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`nsc_fast.ops.torch_steps.input_gradient`."""
+    return _expand.input_gradient(dp.to(dtype), q.to(dtype), row_scale=row_scale, z=z)
+
+
+def low_rank_output(
+    p: Tensor, c: Tensor, coef: Tensor, *, bias: Tensor | None = None, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`nsc_fast.ops.torch_steps.low_rank_output`."""
+    return _expand.low_rank_output(p.to(dtype), c.to(dtype), coef.to(torch.float32), bias=bias)
+
+
+def coefficient_grads(
+    g: Tensor | None,
+    c: Tensor,
+    p: Tensor,
+    coef: Tensor,
+    segment: Tensor,
+    num_segments: int,
+    *,
+    task: Tensor | None = None,
+    a: Tensor | None = None,
+    omega: Tensor | None = None,
+    norm2: Tensor | None = None,
+    clamp: float,
+    per_segment: bool,
+    want_dp: bool = True,
+    want_dcoef: bool = True,
+) -> CoefficientGrads:
+    """See :func:`nsc_fast.ops.torch_steps.coefficient_grads`."""
+    if g is None and a is None:
+        return CoefficientGrads(None, None, None)
+    ratio = {} if a is None else {"a": a.contiguous(), "omega": omega, "norm2": norm2}
+    out = _coefficient_grads.coefficient_grads(
+        None if g is None else g.to(p.dtype),
+        None if g is None else c.to(p.dtype),
+        p,
+        None if g is None else coef.to(torch.float32),
+        segment=segment,
+        num_segments=num_segments,
+        task=None if a is None else task,
+        clamp=clamp,
+        per_segment=per_segment,
+        **ratio,
+    )
+    return CoefficientGrads(
+        out.dp if want_dp else None, out.dcoef if want_dcoef else None, out.row_scale if want_dp else None
+    )
