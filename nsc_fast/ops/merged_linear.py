@@ -262,7 +262,7 @@ def _grad(
         None,
         None,
         None,
-        dcoef if ctx.want_dcoef else None,
+        dcoef if ctx.want_dcoef and g is not None else None,
         None,
         None,
         None,

@@ -1,0 +1,153 @@
+"""A merged layer, forward and backward, against the frozen layer alone and the other ways to merge."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from nsc_fast.factors import canonical, stack
+from nsc_fast.layers import MergedLinear
+
+from .peers import EagerLayer, GramRatio, MaterialisedLayer
+
+# (tokens, d_in, d_out, tasks, rank)
+SHAPES = {
+    "smoke": {"small": (128, 96, 64, 3, 4)},
+    "cpu": {
+        "d2048-K6-r16": (2048, 2048, 2048, 6, 16),
+        "d4096-K6-r16": (1024, 4096, 4096, 6, 16),
+        "d4096-K20-r16": (1024, 4096, 4096, 20, 16),
+    },
+    "full": {
+        "llama-3-8b-q_proj-K6-r16": (8192, 4096, 4096, 6, 16),
+        "llama-3-8b-k_proj-K6-r16": (8192, 4096, 1024, 6, 16),
+        "llama-3-8b-up_proj-K6-r16": (8192, 4096, 14336, 6, 16),
+        "llama-3-8b-q_proj-K20-r16": (8192, 4096, 4096, 20, 16),
+    },
+}
+GOALS = {"d2048-K6-r16": 1.12, "d4096-K6-r16": 1.07}
+
+
+def test_layer_forward_backward(compare, device, size, name) -> None:
+    n, d_in, d_out, tasks, rank = SHAPES[size][name]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    base = nn.Linear(d_in, d_out, device=device, dtype=dtype).requires_grad_(False)
+    downs = [torch.randn(rank, d_in) / d_in**0.5 for _ in range(tasks)]
+    ups = [torch.randn(d_out, rank) * 0.02 for _ in range(tasks)]
+    start = torch.full((tasks,), 0.4, device=device)
+    on = [[f.to(device, dtype) for f in side] for side in (downs, ups)]
+    coefficients = nn.Parameter(start.clone())
+    stacked = stack([(str(k), canonical(a, b)) for k, (a, b) in enumerate(zip(downs, ups, strict=True))])
+    ours = MergedLinear(base, stacked, lambda: coefficients)
+    eager = EagerLayer(base, *on, start.to(dtype)).to(device)
+    materialised = MaterialisedLayer(base, *on, start.to(dtype))
+    peft = _peft(base, *on, device, dtype)
+    z = torch.randn(n, d_in, device=device, dtype=dtype, requires_grad=True)
+    g = torch.randn(n, d_out, device=device, dtype=dtype)
+
+    def both(layer: nn.Module):
+        def run() -> Tensor:
+            z.grad = None
+            y = layer(z)
+            y.backward(g)
+            return y
+
+        return run
+
+    _same(both(ours)(), z.grad, coefficients, both(eager)(), z.grad, eager.coefficients, z)
+    limit = 1 + 1.5 * tasks * rank * (d_in + d_out) / (d_in * d_out)
+    goal = min(GOALS.get(name, limit), limit)
+    compare(
+        both(ours),
+        {
+            "frozen base layer": both(base),
+            "eager concatenated adapters": both(eager),
+            "W_merge under autograd": both(materialised),
+            "PEFT, adapters active together": both(peft),
+        },
+        case=f"N={n} {d_in}x{d_out} K={tasks} r={rank} {str(dtype)[6:]} (flop limit {limit:.2f})",
+        goals={
+            "frozen base layer": f">= {1 / goal:.3f} (at most {goal:.2f} times it)",
+            "eager concatenated adapters": ">= 1",
+            "W_merge under autograd": ">= 1.5",
+        },
+    )
+
+
+def test_layer_with_ratio(compare, device, size) -> None:
+    """A target module: the ratio inside the layer against hooks around the eager layer."""
+    from nsc_fast.ops import merged_linear
+
+    n, d, tasks, rank = {"smoke": (126, 64, 3, 4), "cpu": (2046, 2048, 6, 16), "full": (8190, 4096, 6, 16)}[
+        size
+    ]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    base = nn.Linear(d, d, device=device, dtype=dtype).requires_grad_(False)
+    downs = [torch.randn(rank, d) / d**0.5 for _ in range(tasks)]
+    ups = [torch.randn(d, rank) * 0.02 for _ in range(tasks)]
+    stacked = stack([(str(k), canonical(a, b)) for k, (a, b) in enumerate(zip(downs, ups, strict=True))])
+    factors = [f.to(device, torch.float32) for f in (stacked.basis, stacked.columns)]
+    coefficients = nn.Parameter(torch.full((tasks,), 0.4, device=device))
+    task = torch.arange(tasks, dtype=torch.int32, device=device).repeat_interleave(n // tasks)
+    on = [[f.to(device, dtype) for f in side] for side in (downs, ups)]
+    eager = EagerLayer(base, *on, coefficients.detach().to(dtype)).to(device)
+    grams = [GramRatio(a) for a in on[0]]
+    z = torch.randn(n, d, device=device, dtype=dtype, requires_grad=True)
+    g = torch.randn(n, d, device=device, dtype=dtype) / n
+
+    def ours() -> None:
+        z.grad = None
+        y, omega = merged_linear(
+            z,
+            base.weight,
+            base.bias,
+            *factors,
+            stacked.segment.to(device),
+            coefficients,
+            num_tasks=tasks,
+            task=task,
+        )
+        torch.autograd.backward([y, omega.mean()], [g, None])
+
+    def hooked() -> None:
+        z.grad = None
+        ratios = torch.cat([gram(part) for gram, part in zip(grams, z.split(n // tasks), strict=True)])
+        torch.autograd.backward([eager(z), ratios.mean()], [g, None])
+
+    ours()
+    got = z.grad.clone()
+    hooked()
+    scale = z.grad.abs().max()
+    assert (got - z.grad).abs().max() <= (1e-4 if dtype == torch.float32 else 5e-2) * scale
+    compare(
+        ours,
+        {"eager concatenated adapters with hooks": hooked},
+        case=f"N={n} {d}x{d} K={tasks} r={rank} {str(dtype)[6:]}",
+        goals={"eager concatenated adapters with hooks": ">= 1"},
+    )
+
+
+def _same(y, dz, coefficients, other_y, other_dz, other_coefficients, z) -> None:
+    tight = z.dtype == torch.float32
+    for got, expected in ((y, other_y), (dz, other_dz), (coefficients.grad, other_coefficients.grad)):
+        limit = (2e-4 if tight else 5e-2) * expected.abs().max()
+        assert (got.to(expected.dtype) - expected).abs().max() <= limit
+
+
+def _peft(base: nn.Linear, downs, ups, device, dtype) -> nn.Module:
+    """PEFT's own LoRA layer with all adapters active, on a twin that shares the base weight."""
+    twin = nn.Linear(*base.weight.shape[::-1], device=device, dtype=dtype)
+    twin.weight, twin.bias = base.weight, base.bias
+    holder = nn.ModuleDict({"layer": twin})
+    names = [f"task{k}" for k in range(len(downs))]
+    for name, a in zip(names, downs, strict=True):
+        inject_adapter_in_model(
+            LoraConfig(r=len(a), lora_alpha=len(a), target_modules=["layer"]), holder, name
+        )
+    layer = holder["layer"]
+    for name, a, b in zip(names, downs, ups, strict=True):
+        layer.lora_A[name].weight.data.copy_(a)
+        layer.lora_B[name].weight.data.copy_(b)
+    layer.set_adapter(names)
+    return layer.to(device)

@@ -1,0 +1,86 @@
+"""One optimisation step on a random Llama: the driver against the eager loop."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nsc_fast.driver import Driver
+from nsc_fast.factors import canonical
+from nsc_fast.layers import install, remove
+
+from .peers import EagerLayer, GramRatio, eager_steps
+
+SHAPES = {  # layers, width, tasks, rank, tokens per task
+    "smoke": (4, 64, 3, 4, 16),
+    "cpu": (8, 512, 6, 16, 128),
+    "full": (16, 2048, 6, 16, 2048),
+}
+
+
+def test_step(compare, device, size) -> None:
+    layers, width, tasks, rank, tokens = SHAPES[size]
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        vocab_size=1000,
+    )
+    model, twin = (LlamaForCausalLM(config).to(device).eval().requires_grad_(False) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    factors = {name: _factors(model.get_submodule(name), tasks, rank) for name in names}
+    targets = [
+        n for n in names if n.endswith("v_proj") and int(n.split(".")[2]) >= layers - max(layers // 4, 1)
+    ]
+    adapters = {
+        f"task{k}": {n: canonical(downs[k], ups[k]) for n, (downs, ups) in factors.items()}
+        for k in range(tasks)
+    }
+    batches = {k: {"input_ids": torch.randint(0, 1000, (1, tokens)).to(device)} for k in range(tasks)}
+    driver = None
+    installation = install(
+        model, adapters, targets=targets, granularity="module", on_recorded=lambda: driver.count()
+    )
+    driver = Driver(model, installation)
+    named = {f"task{k}": batch for k, batch in batches.items()}
+    grams = {n: [GramRatio(a.to(device)) for a in factors[n][0]] for n in targets}
+    for name in names:
+        downs, ups = ([f.to(device) for f in side] for side in factors[name])
+        layer = EagerLayer(twin.get_submodule(name), downs, ups, torch.full((tasks,), 0.4)).to(device)
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, layer)
+
+    def ours() -> float:
+        installation.coefficients.zero_grad()
+        return driver.losses(named)[0]
+
+    def eager() -> float:
+        twin.zero_grad()
+        return float(eager_steps(twin, batches, grams))
+
+    ours()
+    loss, expected = ours(), eager()
+    assert abs(loss - expected) <= 1e-6
+    for name in names:
+        got = installation.coefficients.of(name).grad
+        reference = twin.get_submodule(name).coefficients.grad
+        if reference is None:
+            assert got is None
+        else:
+            assert (got - reference).abs().max() <= 1e-5 * max(float(reference.abs().max()), 1e-3)
+    compare(
+        ours,
+        {"eager loop, task after task": eager},
+        case=f"{layers} layers d={width} K={tasks} r={rank} {tokens} tokens a task",
+        goals={"eager loop, task after task": ">= 1.7"},
+    )
+    remove(model)
+
+
+def _factors(layer: nn.Linear, tasks: int, rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    downs = [torch.randn(rank, layer.in_features) / layer.in_features**0.5 for _ in range(tasks)]
+    ups = [torch.randn(layer.out_features, rank) * 0.02 for _ in range(tasks)]
+    return downs, ups
