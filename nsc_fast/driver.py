@@ -190,7 +190,9 @@ def optimise(
                 f"task {task!r} adapts none of the {len(targets)} target modules; widen the scope "
                 f"(layers={parameters.scope.layers!r}, filter={parameters.scope.filter!r})"
             )
-    streams = {t: BatchStream(t, data[t], seed + 7919 * k) for k, t in enumerate(adapters)}
+    # One seed for all: lists of equal length are shuffled alike, so that batches of like length, sorted alike,
+    # meet in one forward pass with little padding.
+    streams = {task: BatchStream(task, data[task], seed) for task in adapters}
     training = model.training
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     driver: Driver | None = None
