@@ -60,6 +60,7 @@ class Coefficients(nn.Module):
         start = {t: float(init[t] if isinstance(init, Mapping) else init) for t in self.tasks}
         values = {}
         self._present = {m: [self.tasks.index(t) for t in s.tasks] for m, s in stacks.items()}
+        self._ranks = {m: list(s.ranks) for m, s in stacks.items()}
         for module, group in self._group.items():
             stack = stacks[module]
             if granularity in ("task", "layer"):
@@ -95,9 +96,8 @@ class Coefficients(nn.Module):
         for module, value in self.by_module().items():
             names = [self.tasks[i] for i in self._present[module]]
             if self.granularity == "rank":
-                out[module] = {"mean": float(value.mean())} if value.numel() else {}
-            else:
-                out[module] = dict(zip(names, value.tolist(), strict=True))
+                value = torch.stack([part.mean() for part in value.split(self._ranks[module])])
+            out[module] = dict(zip(names, value.tolist(), strict=True))
         return out
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .layers import Installation, install, remove
 from .parameters import NSCParameters
 from .targets import select_targets
 
-__all__ = ["Driver", "StepRecord", "optimise"]
+__all__ = ["Driver", "Objective", "StepRecord", "optimise"]
 
 
 class _LastTargetReached(Exception):
@@ -37,6 +37,16 @@ class StepRecord:
     ratios: dict[str, float]
     learning_rate: float
     coefficients: dict[str, dict[str, float]] | None = None
+
+
+class Objective(Protocol):
+    """What the optimisation minimises. :class:`Driver`, the null-space ratio, is one."""
+
+    installation: Installation
+
+    def losses(self, batches: Mapping[str, Batch]) -> tuple[float, dict[str, float]]:
+        """Forward and backward for one batch of every task; returns the loss and every task's part of it."""
+        ...
 
 
 @dataclass
@@ -152,6 +162,7 @@ def optimise(
     seed: int = 0,
     impl: str = "auto",
     on_step: Callable[[StepRecord], None] | None = None,
+    objective: Callable[[nn.Module, Installation], Objective] | None = None,
 ) -> tuple[dict[str, Tensor], list[StepRecord], bool]:
     """Finds merge coefficients that minimise the mean null-space ratio on unlabeled data.
 
@@ -164,6 +175,7 @@ def optimise(
         seed: of the order of the data. Two runs with one seed give the same bits.
         impl: "auto", "triton" or "torch".
         on_step: called after each step.
+        objective: makes another objective than the null-space ratio from the installed model.
 
     Returns:
         Coefficients per module, the history, and whether the user interrupted the run (Ctrl-C): what was
@@ -175,6 +187,43 @@ def optimise(
     """
     parameters = parameters or NSCParameters()
     _check_data(adapters, data)
+    targets = () if objective is not None else _targets(model, adapters, parameters)
+    # One seed for all: lists of equal length are shuffled alike, so that batches of like length, sorted alike,
+    # meet in one forward pass with little padding.
+    streams = {task: BatchStream(task, data[task], seed) for task in adapters}
+    modes = {module: module.training for module in model.modules()}
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    driver: Objective | None = None
+    model.eval()
+    try:
+        installation = install(
+            model,
+            adapters,
+            targets=targets,
+            granularity=parameters.granularity,
+            init=parameters.init if init is None else init,
+            preferences=parameters.preferences,
+            on_recorded=lambda: driver.count(),
+            impl=impl,
+        )
+        if objective is None:
+            driver = Driver(model, installation, parameters.batching)
+        else:
+            driver = objective(model, installation)
+        history, interrupted = _loop(driver, streams, parameters, on_step)
+        return installation.coefficients.by_module(), history, interrupted
+    finally:
+        remove(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen[name])
+        for module, training in modes.items():
+            module.training = training
+
+
+def _targets(
+    model: nn.Module, adapters: Mapping[str, Mapping[str, LowRankUpdate]], parameters: NSCParameters
+) -> tuple[str, ...]:
+    """Target modules of the null-space ratio."""
     updates = list(dict.fromkeys(m for own in adapters.values() for m in own))
     order = [name for name, _ in model.named_modules()]
     known = set(updates)
@@ -190,36 +239,11 @@ def optimise(
                 f"task {task!r} adapts none of the {len(targets)} target modules; widen the scope "
                 f"(layers={parameters.scope.layers!r}, filter={parameters.scope.filter!r})"
             )
-    # One seed for all: lists of equal length are shuffled alike, so that batches of like length, sorted alike,
-    # meet in one forward pass with little padding.
-    streams = {task: BatchStream(task, data[task], seed) for task in adapters}
-    training = model.training
-    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
-    driver: Driver | None = None
-    model.eval()
-    try:
-        installation = install(
-            model,
-            adapters,
-            targets=targets,
-            granularity=parameters.granularity,
-            init=parameters.init if init is None else init,
-            preferences=parameters.preferences,
-            on_recorded=lambda: driver.count(),
-            impl=impl,
-        )
-        driver = Driver(model, installation, parameters.batching)
-        history, interrupted = _loop(driver, streams, parameters, on_step)
-        return installation.coefficients.by_module(), history, interrupted
-    finally:
-        remove(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(frozen[name])
-        model.train(training)
+    return targets
 
 
 def _loop(
-    driver: Driver,
+    driver: Objective,
     streams: Mapping[str, BatchStream],
     parameters: NSCParameters,
     on_step: Callable[[StepRecord], None] | None,

@@ -65,17 +65,7 @@ class MergedLinear(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        shape = features(base)
-        update = (stacked.columns.shape[0], stacked.basis.shape[1])
-        if shape is None:
-            raise TypeError(
-                f"module {name!r} ({type(base).__name__}) has no in/out features: it is not a linear layer"
-            )
-        if shape != update:
-            raise ValueError(
-                f"module {name!r} is {shape[0]} x {shape[1]} in the base model, "
-                f"the adapters' updates are {update[0]} x {update[1]}"
-            )
+        _check_fit(name, base, stacked)
         self.base = base.requires_grad_(False)
         weight = getattr(base, "weight", None)
         device = None if weight is None else weight.device
@@ -95,13 +85,23 @@ class MergedLinear(nn.Module):
         # called and stays in the autograd graph.
         self._plain = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
 
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's; some models (T5) ask a layer for the dtype of its weight."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        return self.base.bias
+
     def forward(self, z: Tensor) -> Tensor:
         task = None
         if self.monitor is not None and self.monitor.active:
             task = self.monitor.own_segment(self.name, z)
         factors = (self.basis, self.columns, self.segment, self._coefficients().to(z.device))
         kind = {"num_tasks": len(self.tasks), "task": task, "clamp": CLAMP, "impl": self.impl}
-        if self._plain:
+        if self._plain and not _hooked(self.base):
             weight = self.base.weight
             weight = weight if type(self.base) is nn.Linear else weight.t()
             y, omega = ops.merged_linear(z, weight, self.base.bias, *factors, **kind)
@@ -115,6 +115,31 @@ class MergedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"tasks={list(self.tasks)}, rank={self.basis.shape[0]}, impl={self.impl!r}"
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether calling the layer does more than its class says: hooks, or a forward of its own (offloading)."""
+    return bool(
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or "forward" in layer.__dict__
+    )
+
+
+def _check_fit(name: str, base: nn.Module, stacked: Stack) -> None:
+    shape = features(base)
+    update = (stacked.columns.shape[0], stacked.basis.shape[1])
+    if shape is None:
+        raise TypeError(
+            f"module {name!r} ({type(base).__name__}) has no in/out features: it is not a linear layer"
+        )
+    if shape != update:
+        raise ValueError(
+            f"module {name!r} is {shape[0]} x {shape[1]} in the base model, "
+            f"the adapters' updates are {update[0]} x {update[1]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -155,8 +180,9 @@ def install(
         impl: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: a module is missing in the model, of another shape, already installed, or a target is not
-            adapted. The model is unchanged then.
+        ValueError: a module is missing in the model, of another shape, already installed, a target is not
+            adapted, or the preferences name other tasks.
+        TypeError: a module is not a linear layer. The model is unchanged after either.
     """
     stacks = stack_adapters(adapters)
     present = dict(model.named_modules())
@@ -171,7 +197,12 @@ def install(
     for target in targets:
         if target not in stacks:
             raise ValueError(f"target module {target!r} is adapted by no adapter")
+    for name, stacked in stacks.items():
+        _check_fit(name, present[name], stacked)
     tasks = tuple(adapters)
+    if preferences is not None and set(preferences) != set(tasks):
+        odd = sorted(set(preferences) ^ set(tasks))
+        raise ValueError(f"preferences must name every task once; look at {', '.join(map(repr, odd))}")
     weights = [1.0 if preferences is None else float(preferences[t]) for t in tasks]
     monitor = RatioMonitor(
         tasks, tuple(w / sum(weights) for w in weights), {m: stacks[m].tasks for m in targets}

@@ -127,6 +127,18 @@ class NSCLoss(nn.Module):
             KeyError: unknown task or module.
             ValueError: an empty or fully masked batch, or shapes that do not fit.
         """
+        means = self._means(activations, task, mask, module)
+        self.breakdown = {name: mean.detach() for name, mean in means.items()}
+        return _average(list(means.values()))
+
+    def _means(
+        self,
+        activations: Tensor | Mapping[str, Tensor],
+        task: str,
+        mask: Tensor | None,
+        module: str | None = None,
+    ) -> dict[str, Tensor]:
+        """Module -> mean ratio, differentiable."""
         if task not in self.modules_of:
             raise KeyError(f"unknown task {task!r}; this NSCLoss knows {', '.join(self.tasks)}")
         own = self.modules_of[task]
@@ -143,7 +155,7 @@ class NSCLoss(nn.Module):
                 used[name] = z
         if not used:
             raise ValueError(f"none of the activations belongs to a module of task {task!r}: {_some(own)}")
-        self.breakdown, terms = {}, []
+        out: dict[str, Tensor] = {}
         for z, names in _shared(used):
             bases = [getattr(self, self._buffer[task, name]) for name in names]
             weight = torch.ones(z.shape[:-1], device=z.device) if mask is None else mask
@@ -159,9 +171,8 @@ class NSCLoss(nn.Module):
                 )
             except ValueError as error:
                 raise ValueError(f"task {task!r}, module {names[0]!r}: {error}") from error
-            terms.append(means.sum())
-            self.breakdown.update(zip(names, means.detach().unbind(), strict=True))
-        return torch.stack([t.to(terms[0].device) for t in terms]).sum() / len(used)
+            out.update(zip(names, means.unbind(), strict=True))
+        return out
 
     @contextmanager
     def watch(self, model: nn.Module, task: str, mask: Tensor | None = None) -> Iterator[Watch]:
@@ -184,7 +195,7 @@ class NSCLoss(nn.Module):
                 layer = present.get(name, present.get(_PEFT_PREFIX + name))
                 if layer is None:
                     raise KeyError(f"{type(model).__name__} has no module {name!r} of task {task!r}")
-                handles.append(layer.register_forward_pre_hook(_collector(name, calls)))
+                handles.append(layer.register_forward_pre_hook(_collector(name, calls), with_kwargs=True))
             seen = Watch()
             yield seen
         finally:
@@ -194,24 +205,30 @@ class NSCLoss(nn.Module):
         if silent:
             raise ValueError(f"module {silent[0]!r} of task {task!r} did not run inside the with block")
         parts: dict[str, list[Tensor]] = {}
-        losses = []
         for round_ in _rounds(calls):
-            losses.append(self(round_, task=task, mask=mask) * len(round_))
-            for name, value in self.breakdown.items():
-                parts.setdefault(name, []).append(value)
-        seen.loss = torch.stack(losses).sum() / len(calls)
-        seen.breakdown = {name: torch.stack(values).mean() for name, values in parts.items()}
+            for name, mean in self._means(round_, task, mask).items():
+                parts.setdefault(name, []).append(mean)
+        means = {name: _average(values) for name, values in parts.items()}
+        seen.loss = _average(list(means.values()))
+        self.breakdown = seen.breakdown = {name: mean.detach() for name, mean in means.items()}
 
     def extra_repr(self) -> str:
         counts = ", ".join(f"{t}: {len(m)} modules" for t, m in self.modules_of.items())
         return f"{counts}, impl={self.impl!r}"
 
 
-def _collector(name: str, calls: list[tuple[str, Tensor]]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def collect(_: nn.Module, args: tuple[Any, ...]) -> None:
-        calls.append((name, args[0]))
+def _collector(
+    name: str, calls: list[tuple[str, Tensor]]
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def collect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((name, args[0] if args else next(iter(kwargs.values()))))
 
     return collect
+
+
+def _average(values: Sequence[Tensor]) -> Tensor:
+    """Mean of scalars, which may stand on several devices."""
+    return torch.stack([value.to(values[0].device) for value in values]).mean()
 
 
 def _rounds(calls: Sequence[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:

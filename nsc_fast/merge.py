@@ -171,6 +171,7 @@ def run_recipe(
     on_stage(f"loading {base.path}")
     modules = dict.fromkeys(m for adapter in adapters.values() for m in adapter.modules)
     model = load_base(base, modules, task_type=common_task_type(adapters.values()), device=device)
+    check_against_model(adapters.values(), model)
     data = None
     if method.needs_data:
         on_stage("reading data")

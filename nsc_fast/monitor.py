@@ -137,8 +137,8 @@ class RatioMonitor:
         if not self.recording:
             return
         self.loss = term if self.loss is None else self.loss + term.to(self.loss.device)
-        clean = torch.where(a > 0, omega.detach(), 0.0)
-        self.ratios[module] = average @ clean
+        # Element by element: in a product, one task's NaN would reach the means of all.
+        self.ratios[module] = torch.where(average > 0, average * omega.detach(), 0.0).sum(1)
 
     def task_means(self) -> dict[str, float]:
         """Mean ratio of each task over its target modules, of the pass that ended last."""

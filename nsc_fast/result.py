@@ -47,6 +47,7 @@ class MergeResult:
         notices: what the user should know.
         heads: task -> tensors of its separately kept head (``modules_to_save``), never merged.
         interrupted: the user stopped the optimisation; the coefficients are those reached by then.
+        measure: what the history's values per task are.
     """
 
     method: str
@@ -62,6 +63,7 @@ class MergeResult:
     notices: tuple[str, ...] = ()
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     interrupted: bool = False
+    measure: str = "null-space ratio"
     task_type: str | None = None
     recipe: Mapping[str, Any] | None = None
 
@@ -150,8 +152,8 @@ class MergeResult:
                 for task in first.ratios
             )
             ratios = (
-                f"\n## Null-space ratios\n\nMean over the target modules, before and after "
-                f"{len(self.history)} steps.\n\n| task | first step | last step |\n|---|---|---|\n{rows}\n"
+                f"\n## Mean {self.measure}\n\nOf every task, before and after {len(self.history)} steps."
+                f"\n\n| task | first step | last step |\n|---|---|---|\n{rows}\n"
             )
         notices = "".join(f"\n> {notice}\n" for notice in self.notices)
         return (

@@ -1,0 +1,210 @@
+"""Whole merges on a tiny model: what is written is what was merged, and PEFT loads it."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from nsc_fast import merge_adapters, read_adapter
+from nsc_fast.adapters import AdapterError
+from nsc_fast.errors import MergeError
+from nsc_fast.layers import install, remove
+from nsc_fast.merge import check_inputs, run_recipe
+from nsc_fast.recipe import load_recipe, make_recipe
+from nsc_fast.verify import verify_folder, verify_output
+
+
+@pytest.fixture(scope="module")
+def merged(workshop, tmp_path_factory):
+    result, model = run_recipe(load_recipe(workshop / "recipe.yaml"))
+    out = tmp_path_factory.mktemp("out") / "merged"
+    report = result.save_pretrained(out)
+    return result, model, out, report
+
+
+def _base(workshop):
+    return AutoModelForCausalLM.from_pretrained(workshop / "base").eval()
+
+
+def _logits(model):
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def test_peft_gives_the_outputs_of_the_merge_in_memory(merged, workshop):
+    result, _, out, _ = merged
+    loaded = _logits(PeftModel.from_pretrained(_base(workshop), str(out)))
+    model = _base(workshop)
+    adapters = {f"a{k}": read_adapter(workshop / f"a{k}").canonical() for k in range(3)}
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    for module, coefficients in result.coefficients.items():
+        present = [name for name, own in adapters.items() if module in own]
+        assert len(present) == len(coefficients)
+        for name, c in zip(present, coefficients, strict=True):
+            weights[f"{module}.weight"] += (float(c) * adapters[name][module].dense()).float()
+    model.load_state_dict(weights, strict=False)
+    expected = _logits(model)
+    assert (loaded - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_output_is_lossless_and_its_rank_is_the_sum_of_the_ranks(merged):
+    result, _, out, report = merged
+    assert report.rank == 4 + 8 + 3 and report.total_kept_energy == 1.0
+    again = read_adapter(out).canonical()
+    for module, update in result.updates.items():
+        difference = (again[module].dense() - update.dense()).norm()
+        assert difference <= 1e-6 * update.dense().norm()
+
+
+def test_the_loss_falls_and_the_model_is_left_alone(merged, workshop):
+    result, model, _, _ = merged
+    assert result.history[-1].loss < result.history[0].loss
+    fresh = _base(workshop).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
+
+
+def test_the_evidence_is_beside_the_adapter(merged):
+    result, _, out, _ = merged
+    folder = out / "nsc_fast"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == list(range(1, 7))
+    coefficients = load_file(folder / "coefficients.safetensors")
+    assert set(coefficients) == set(result.updates)
+    resolved = load_recipe(folder / "config.resolved.yaml")
+    assert resolved.method_parameters().steps == 6 and resolved.method_parameters().init == 0.4
+    assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
+    card = (out / "README.md").read_text()
+    assert "library_name: peft" in card and "a0" in card
+
+
+def test_two_runs_with_one_seed_give_the_same_bits(merged, workshop):
+    result, _, _, _ = merged
+    again, _ = run_recipe(load_recipe(workshop / "recipe.yaml"))
+    assert all(torch.equal(result.coefficients[m], c) for m, c in again.coefficients.items())
+
+
+def test_all_checks_pass_and_again_on_the_folder(merged, workshop):
+    result, model, out, _ = merged
+    adapters = {t: read_adapter(s["source"], name=t) for t, s in result.sources.items()}
+    names = [c.name for c in verify_output(out, result.updates, model, adapters=adapters) if c.passed]
+    assert names == ["weights", "reload", "difference", "identity"]
+    assert all(c.passed for c in verify_folder(out, base_model=str(workshop / "base")))
+
+
+def test_a_changed_weight_fails_the_checks(merged, workshop, tmp_path):
+    result, model, out, _ = merged
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "adapter_config.json").write_text((out / "adapter_config.json").read_text())
+    tensors = load_file(out / "adapter_model.safetensors")
+    key = next(k for k in tensors if k.endswith("v_proj.lora_B.weight"))
+    save_file({**tensors, key: tensors[key] * 1.01}, bad / "adapter_model.safetensors", {"format": "pt"})
+    failed = [c.name for c in verify_output(bad, result.updates, model) if not c.passed]
+    assert failed == ["weights", "reload"]
+
+
+def test_one_adapter_with_coefficient_one_gives_itself_back(workshop, tmp_path):
+    for k in range(3):
+        model = _base(workshop)
+        result = merge_adapters(
+            model, {"it": workshop / f"a{k}"}, method="task_arithmetic", parameters={"scaling": 1.0}
+        )
+        result.save_pretrained(tmp_path / f"o{k}")
+        ours = _logits(PeftModel.from_pretrained(_base(workshop), str(tmp_path / f"o{k}")))
+        theirs = _logits(PeftModel.from_pretrained(_base(workshop), str(workshop / f"a{k}")))
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_max_rank_keeps_the_best_directions_and_says_how_much(merged, workshop, tmp_path):
+    result, model, _, _ = merged
+    report = result.save_pretrained(tmp_path / "small", max_rank=5, dtype=torch.bfloat16)
+    energies = {m: (u.truncate(5)[0].energy, u.energy) for m, u in result.updates.items()}
+    expected = sum(e[0] for e in energies.values()) / sum(e[1] for e in energies.values())
+    assert report.rank == 5 and report.total_kept_energy == pytest.approx(expected)
+    assert all(c.passed for c in verify_output(tmp_path / "small", result.updates, model))
+
+
+def test_weights_set_each_task(workshop):
+    result = merge_adapters(
+        None,
+        {"one": workshop / "a0", "two": workshop / "a1"},
+        method="task_arithmetic",
+        weights={"one": -0.5},
+    )
+    v_proj = "model.layers.0.self_attn.v_proj"
+    assert result.coefficients[v_proj].tolist() == [-0.5, 0.3]
+    parts = [read_adapter(workshop / f"a{k}").canonical()[v_proj].dense() for k in range(2)]
+    torch.testing.assert_close(result.updates[v_proj].dense(), -0.5 * parts[0] + 0.3 * parts[1])
+
+
+def test_the_uniform_average_is_one_over_the_number_of_adapters(workshop):
+    result = merge_adapters(None, {"one": workshop / "a0", "two": workshop / "a1"}, method="uniform")
+    assert set(result.coefficients["model.layers.0.self_attn.q_proj"].tolist()) == {0.5}
+
+
+def test_an_interrupted_merge_keeps_what_it_has(workshop):
+    def stop(record):
+        if record.step == 3:
+            raise KeyboardInterrupt
+
+    result, _ = run_recipe(load_recipe(workshop / "recipe.yaml"), on_step=stop)
+    assert result.interrupted and len(result.history) == 3 and result.updates
+
+
+def test_merged_layers_give_the_same_as_the_written_update(merged, workshop):
+    result, model, _, _ = merged
+    before = _logits(model)
+    install(model, {"merged": result.updates}, granularity="task", init=1.0)
+    inside = _logits(model)
+    remove(model)
+    assert torch.equal(_logits(model), before) and not torch.equal(inside, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"base_model": "other"}, MergeError, "has no module 'model.layers.0.self_attn"),
+        ({"base_model": "wide"}, AdapterError, "model.layers.0.self_attn"),
+        ({"base_model": "nowhere"}, MergeError, "base model .*nowhere.* cannot be read"),
+        ({"parameters": {"scope": {"filter": "w_proj"}}}, ValueError, "no adapted module ends in 'w_proj'"),
+        ({"parameters": {"scope": {"layers": "7-9"}}}, ValueError, "has blocks 0 to 3"),
+        ({"parameters": {"scope": {"filter": "up_proj"}}}, MergeError, "'one' adapts none of the 1 target"),
+        ({"parameters": {"learning_rate": 1e30}}, MergeError, "is not a number"),
+        ({"merge_method": "uniform", "parameters": {}}, MergeError, "uses no data"),
+    ],
+)
+def test_bad_input_is_refused_by_name(workshop, other_bases, change, error, message):
+    content = load_recipe(workshop / "recipe.yaml").model_dump(mode="json", exclude_none=True)
+    with pytest.raises(error, match=message):
+        run_recipe(make_recipe({**content, **change}, where="here", folder=other_bases))
+
+
+@pytest.fixture(scope="module")
+def other_bases(tmp_path_factory):
+    """other/: another architecture; wide/: the same one, wider."""
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("bases")
+    bert = BertConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(bert).save_pretrained(folder / "other")
+    wide = LlamaConfig(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=63
+    )
+    LlamaForCausalLM(wide).save_pretrained(folder / "wide")
+    return folder
+
+
+def test_an_adapter_without_data_is_named_before_the_model_is_loaded(workshop):
+    content = load_recipe(workshop / "recipe.yaml").model_dump(mode="json", exclude_none=True)
+    del content["adapters"][1]["data"]
+    with pytest.raises(MergeError, match="adapter 'two' has no data"):
+        check_inputs(make_recipe({**content, "base_model": "nowhere"}, where="here"))
+
+
+def test_nothing_to_merge():
+    with pytest.raises(MergeError, match="no adapter"):
+        merge_adapters(None, {}, method="uniform")
