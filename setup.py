@@ -26,5 +26,5 @@ setup(
         "nsc_fast.report",
     ],
     package_dir={"nsc_fast": "nsc_fast", "nsc_fast.kernels": "kernels"},
-    package_data={"nsc_fast.demo": ["data/*", "adapters/*/*"]},
+    package_data={"nsc_fast.demo": ["data/*", "adapters/*", "adapters/*/*"]},
 )
