@@ -118,7 +118,7 @@ class MergedLinear(nn.Module):
 
 
 def _hooked(layer: nn.Module) -> bool:
-    """Whether calling the layer does more than its class says: hooks, or a forward of its own (offloading)."""
+    """Whether calling the layer does more than its class says: hooks, or a forward of its own (offload)."""
     return bool(
         layer._forward_pre_hooks
         or layer._forward_hooks

@@ -16,8 +16,23 @@ __all__ = ["MergeInputs", "Method", "get", "names"]
 # Name -> module that defines METHOD. Loaded on use.
 _MODULES = {
     "nsc": "nsc",
+    "adamerging": "adamerging",
     "task_arithmetic": "task_arithmetic",
     "uniform": "uniform",
+    "ties": "ties",
+    "dare": "dare",
+    "dare_ties": "dare_ties",
+    "knots_ties": "knots_ties",
+    "knots_dare_ties": "knots_dare_ties",
+    "core_space": "core_space",
+    "tsv": "tsv",
+    "iso_c": "iso_c",
+    "iso_cts": "iso_cts",
+    "robust_merge": "robust_merge",
+    "lego": "lego",
+    "lore": "lore",
+    "linear": "linear",
+    "reversible": "reversible",
 }
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from ..errors import MergeError
 from ..factors import LowRankUpdate
 from ..parameters import Strict
 from ..result import MergeResult
@@ -17,7 +19,17 @@ if TYPE_CHECKING:
     from ..batches import Batch
     from ..driver import StepRecord
 
-__all__ = ["MergeInputs", "Method"]
+__all__ = [
+    "MergeInputs",
+    "Method",
+    "equal_ranks",
+    "factors_at",
+    "linear_result",
+    "modules_of",
+    "per_task",
+    "plain_result",
+    "updates_at",
+]
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class MergeInputs:
         weights: task -> weight the user gave the task, for tasks with one.
         model: base model, for methods that need data.
         data: task -> unlabeled batches, for methods that need data.
+        heads: task -> tensors of its own head by path in the base model, for methods that need its outputs.
         seed: for methods that draw random numbers; always through a generator of their own.
         impl: "auto", "triton" or "torch".
         on_step: called after each optimisation step.
@@ -41,6 +54,7 @@ class MergeInputs:
     weights: Mapping[str, float] = field(default_factory=dict)
     model: nn.Module | None = None
     data: Mapping[str, Iterable[Batch]] | None = None
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     seed: int = 0
     impl: str = "auto"
     on_step: Callable[[StepRecord], None] | None = None
@@ -62,6 +76,8 @@ class Method:
         paper: where the rule comes from.
         output_rank: rank of the merged update in words, "sum of ranks" for example.
         cost: what it costs in words.
+        one_model: whether the result is one merged update; otherwise it keeps the adapters apart in some
+            compressed form, and its result says how to get them back.
     """
 
     name: str
@@ -71,6 +87,7 @@ class Method:
     paper: str
     output_rank: str
     cost: str
+    one_model: bool = True
 
 
 def linear_result(
@@ -97,11 +114,112 @@ def linear_result(
 
 def per_task(inputs: MergeInputs, default: float) -> dict[str, Tensor]:
     """The same coefficient of a task at all modules: its weight, or ``default``."""
-    import torch
-
     value = {task: float(inputs.weights.get(task, default)) for task in inputs.tasks}
-    modules = dict.fromkeys(m for updates in inputs.updates.values() for m in updates)
     return {
         m: torch.tensor([value[t] for t in inputs.tasks if m in inputs.updates[t]], dtype=torch.float64)
-        for m in modules
+        for m in modules_of(inputs)
     }
+
+
+def plain_result(
+    name: str,
+    inputs: MergeInputs,
+    parameters: Strict,
+    updates: Mapping[str, LowRankUpdate],
+    notices: tuple[str, ...] = (),
+) -> MergeResult:
+    """Result of a method whose merged update is not a linear combination: it has no coefficients."""
+    return MergeResult(
+        method=name,
+        tasks=inputs.tasks,
+        updates=updates,
+        parameters=parameters.model_dump(mode="json"),
+        notices=notices,
+    )
+
+
+def modules_of(inputs: MergeInputs) -> list[str]:
+    """Modules that at least one task adapts, in the order of first appearance.
+
+    Raises:
+        MergeError: no adapter, or a weight for a task that is none of them.
+    """
+    if not inputs.updates:
+        raise MergeError("there is no adapter to merge")
+    unknown = [task for task in inputs.weights if task not in inputs.updates]
+    if unknown:
+        raise MergeError(
+            f"a weight was given for {unknown[0]!r}, which is no adapter ({', '.join(inputs.tasks)})"
+        )
+    return list(dict.fromkeys(m for updates in inputs.updates.values() for m in updates))
+
+
+def updates_at(inputs: MergeInputs, module: str) -> dict[str, LowRankUpdate]:
+    """Task -> update of one module times the task's weight, for the tasks that adapt it.
+
+    Rules that are not linear take a weight for part of the update: the rule sees ``w_k D_k``, so a negative
+    weight merges the negated adapter, and a weight 1 changes nothing.
+
+    Raises:
+        MergeError: the tasks' updates differ in shape.
+    """
+    own = {task: updates[module] for task, updates in inputs.updates.items() if module in updates}
+    _same_shape(module, {task: update.shape for task, update in own.items()})
+    return {
+        task: update if (weight := inputs.weights.get(task, 1.0)) == 1.0 else update.scaled(weight)
+        for task, update in own.items()
+    }
+
+
+def factors_at(
+    inputs: MergeInputs, module: str, *, fold: Literal["up", "split"]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Task -> the adapter's own ``(down, up)`` of one module in float64, scale and weight inside.
+
+    Args:
+        fold: where ``w_k s_k`` goes: "up", into B; "split", its square root into each and the sign into B.
+
+    Raises:
+        MergeError: the tasks' updates differ in shape, or the adapters' factors were not given.
+    """
+    own: dict[str, tuple[Tensor, Tensor]] = {}
+    for task, updates in inputs.updates.items():
+        if module not in updates:
+            continue
+        if module not in inputs.factors.get(task, {}):
+            raise MergeError(
+                f"the factors A and B of task {task!r} at {module!r} are not known, and this method is "
+                "defined on them; give MergeInputs.factors, or choose a method defined on the update"
+            )
+        factors = inputs.factors[task][module]
+        scale = factors.scaling * inputs.weights.get(task, 1.0)
+        down, up = factors.down.detach().to(torch.float64), factors.up.detach().to(torch.float64)
+        if fold == "up":
+            own[task] = down, up * scale
+        else:
+            root = abs(scale) ** 0.5
+            own[task] = down * root, up * (root if scale >= 0 else -root)
+    _same_shape(module, {task: (up.shape[0], down.shape[1]) for task, (down, up) in own.items()})
+    return own
+
+
+def equal_ranks(method: str, module: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    """The rank that all adapters share at a module.
+
+    Raises:
+        MergeError: they differ; names the adapters.
+    """
+    ranks = {task: down.shape[0] for task, (down, _) in factors.items()}
+    if len(set(ranks.values())) > 1:
+        told = ", ".join(f"{task!r} has {rank}" for task, rank in ranks.items())
+        raise MergeError(
+            f"method {method!r} needs adapters of equal rank; at {module!r} {told}. Leave adapters out, or "
+            "choose a method that takes mixed ranks, such as 'knots_ties', 'tsv' or 'lego'"
+        )
+    return next(iter(ranks.values()))
+
+
+def _same_shape(module: str, shapes: Mapping[str, tuple[int, int]]) -> None:
+    if len(set(shapes.values())) > 1:
+        told = ", ".join(f"{task!r} {d_out} x {d_in}" for task, (d_out, d_in) in shapes.items())
+        raise MergeError(f"the updates of module {module!r} differ in shape: {told}")

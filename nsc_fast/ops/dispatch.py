@@ -38,8 +38,6 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype, rank: int) -> s
     return _resolve(impl, device, dtype, MAX_RANK)
 
 
-# Under torch.compile the answer is a constant of the graph.
-@torch.compiler.assume_constant_result
 def _resolve(impl: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
     if impl not in get_args(Impl):
         raise ValueError(f"impl={impl!r}: choose one of {', '.join(map(repr, get_args(Impl)))}")
@@ -55,6 +53,11 @@ def _resolve(impl: str, device: torch.device, dtype: torch.dtype, rank: int) -> 
     from . import selftest
 
     return "triton" if selftest.passed(device) else "torch"
+
+
+# Under torch.compile the answer is a constant of the graph. This is all that the decorator
+# torch.compiler.assume_constant_result does, but the decorator imports the compiler, and Triton with it.
+_resolve._dynamo_marked_constant = True
 
 
 def steps(impl: str) -> ModuleType:
