@@ -188,8 +188,8 @@ def optimise(
     parameters = parameters or NSCParameters()
     _check_data(adapters, data)
     targets = () if objective is not None else _targets(model, adapters, parameters)
-    # One seed for all: lists of equal length are shuffled alike, so that batches of like length, sorted alike,
-    # meet in one forward pass with little padding.
+    # One seed for all: lists of equal length are shuffled alike, so that batches of like length, sorted
+    # alike, meet in one forward pass with little padding.
     streams = {task: BatchStream(task, data[task], seed) for task in adapters}
     modes = {module: module.training for module in model.modules()}
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}

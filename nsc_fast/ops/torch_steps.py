@@ -188,7 +188,7 @@ def coefficient_grads(
     if g is not None:
         h = g.to(wide) @ c.to(wide)
         if want_dcoef:
-            dcoef = torch.einsum("nr,nr->r", p, h)
+            dcoef = (p * h).sum(0)
             if per_segment:
                 # A product, so that the order of the sum is fixed on every device.
                 dcoef = _one_hot(segment, num_segments, wide).t() @ dcoef
