@@ -90,22 +90,15 @@ def row_basis(down: Tensor, *, rtol: float | None = None) -> tuple[Tensor, Tenso
     Returns:
         ``(Q_a, M)`` in float64 with ``A = M Q_a``, ``Q_a (rank, d_in)`` orthonormal rows, ``M (r, rank)``.
     """
-    if down.ndim != 2:
-        raise ValueError(f"a down projection has two dimensions, got shape {tuple(down.shape)}")
-    a = down.detach().to(torch.float64)
-    if not torch.isfinite(a).all():
-        raise ValueError("the down projection holds NaN or infinite values")
-    if rtol is None:
-        rtol = max(a.shape) * torch.finfo(torch.float64).eps
-    q, upper = torch.linalg.qr(a.T)  # (d_in, min), (min, r)
-    left, s, right = torch.linalg.svd(upper, full_matrices=False)
-    keep = int((s > rtol * s.max()).sum()) if s.numel() else 0
-    basis = (q @ left[:, :keep]).T
-    return basis.contiguous(), right[:keep].T * s[:keep]
+    rows = _Reflected.of(_rows(down).T)
+    left, coordinates = _split(rows.upper(), max(down.shape), rtol)
+    return rows.times(left).T, coordinates
 
 
 def canonical(down: Tensor, up: Tensor, scaling: float = 1.0, *, rtol: float | None = None) -> LowRankUpdate:
     """Canonical factors of ``scaling * up @ down``.
+
+    Besides inputs and result there is no further matrix of the size of a factor at any time.
 
     Args:
         down: A, ``(r, d_in)``.
@@ -120,28 +113,92 @@ def canonical(down: Tensor, up: Tensor, scaling: float = 1.0, *, rtol: float | N
     Raises:
         ValueError: shapes that do not fit, or values that are not finite.
     """
+    return _canonical(down, up, torch.tensor(scaling, dtype=torch.float64), rtol)
+
+
+def _canonical(down: Tensor, up: Tensor, weights: Tensor, rtol: float | None = None) -> LowRankUpdate:
+    """Canonical factors of ``up @ diag(weights) @ down``; ``weights`` is one value, or one a column."""
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
         raise ValueError(
             f"factors do not fit: down {tuple(down.shape)}, up {tuple(up.shape)}; "
             "expected (r, d_in) and (d_out, r)"
         )
-    b = up.detach().to(torch.float64) * scaling
-    if not torch.isfinite(b).all():
+    if not (_finite(up) and _finite(weights)):
         raise ValueError("the up projection or its scaling holds NaN or infinite values")
-    row, coordinates = row_basis(down, rtol=rtol)
-    core = b @ coordinates  # (d_out, rank)
-    return _from_core(core, row)
-
-
-def _from_core(core: Tensor, orthonormal: Tensor) -> LowRankUpdate:
-    """Canonical factors of ``core @ orthonormal``; keeps also the directions that ``core`` annihilates."""
+    # The row side stays a product of reflections until the column side is done.
+    rows = _Reflected.of(_rows(down).T)
+    inner, coordinates = _split(rows.upper(), max(down.shape), rtol)
+    weighted = coordinates * weights.to(coordinates.device).reshape(-1, 1)
+    core = (weighted.T @ up.detach().to(torch.float64).T).T  # (d_out, rank), column by column in memory
     d_out, rank = core.shape
-    tall, upper = torch.linalg.qr(core)  # (d_out, min), (min, rank)
+    columns = _Reflected.of(core, overwrite=True)
     # The full right factor: with d_out < rank the thin one would lose directions of the row space.
-    left, s, right = torch.linalg.svd(upper, full_matrices=True)
-    s = torch.nn.functional.pad(s, (0, rank - s.numel()))
-    unit = torch.nn.functional.pad(tall @ left, (0, max(rank - tall.shape[1], 0)))
-    return LowRankUpdate((unit * s).contiguous(), (right @ orthonormal).contiguous(), s)
+    left, s, right = torch.linalg.svd(columns.upper(), full_matrices=True)
+    scaled = columns.times(left * s)
+    if d_out < rank:
+        s = torch.nn.functional.pad(s, (0, rank - d_out))
+        scaled = torch.nn.functional.pad(scaled, (0, rank - d_out))
+    return LowRankUpdate(scaled, rows.times(inner @ right.T).T, s)
+
+
+def _rows(down: Tensor) -> Tensor:
+    """A down projection, checked, in float64."""
+    if down.ndim != 2:
+        raise ValueError(f"a down projection has two dimensions, got shape {tuple(down.shape)}")
+    if not _finite(down):
+        raise ValueError("the down projection holds NaN or infinite values")
+    return down.detach().to(torch.float64)
+
+
+def _split(upper: Tensor, size: int, rtol: float | None) -> tuple[Tensor, Tensor]:
+    """Of the triangular factor of A^T: its left singular vectors, and A's coordinates in them."""
+    if rtol is None:
+        rtol = size * torch.finfo(torch.float64).eps
+    left, s, right = torch.linalg.svd(upper, full_matrices=False)
+    keep = int((s > rtol * s.max()).sum()) if s.numel() else 0
+    return left[:, :keep], right[:keep].T * s[:keep]
+
+
+def _finite(values: Tensor) -> bool:
+    """Without a temporary of the size of ``values``, which ``isfinite`` needs."""
+    parts = values.detach().reshape(1, -1) if values.ndim < 2 else values.detach()
+    extremes = [torch.stack(part.aminmax()) for part in parts.split(_BLOCK) if part.numel()]
+    return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
+
+
+# Rows of a tall matrix that are multiplied at a time.
+_BLOCK = 128
+
+
+@dataclass
+class _Reflected:
+    """A tall matrix as Householder reflections and a triangular factor, in the memory of one matrix."""
+
+    packed: Tensor
+    tau: Tensor
+
+    @staticmethod
+    def of(matrix: Tensor, *, overwrite: bool = False) -> _Reflected:
+        """QR of ``matrix``, float64; ``overwrite`` takes its memory, which is laid out by columns."""
+        if not overwrite:
+            return _Reflected(*torch.geqrf(matrix))
+        return _Reflected(*torch.geqrf(matrix, out=(matrix, matrix.new_empty(min(matrix.shape)))))
+
+    def upper(self) -> Tensor:
+        """The triangular factor, ``(min(m, n), n)``."""
+        return self.packed[: self.tau.numel()].triu()
+
+    def times(self, small: Tensor) -> Tensor:
+        """The orthonormal factor times ``small``, laid out by columns; uses up the reflections."""
+        count = self.tau.numel()
+        tall = self.packed[:, :count]
+        torch.linalg.householder_product(tall, self.tau, out=tall)
+        width = small.shape[1]
+        for block in tall.split(_BLOCK):
+            block[:, :width] = block @ small
+        del self.packed
+        # A part of the memory would hold all of it.
+        return tall if width == self.tau.numel() == count else tall[:, :width].T.clone().T
 
 
 @dataclass(frozen=True)
@@ -172,7 +229,7 @@ class Stack:
         Args:
             coefficients: ``(K,)`` one per task or ``(R,)`` one per singular direction.
         """
-        return canonical(self.basis, self.columns * self.expand(coefficients))
+        return _canonical(self.basis, self.columns, self.expand(coefficients))
 
     def expand(self, coefficients: Tensor) -> Tensor:
         """Coefficients as one float64 value per stacked column, ``(R,)``."""

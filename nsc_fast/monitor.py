@@ -72,6 +72,8 @@ class RatioMonitor:
     loss: Tensor | None = None
     ratios: dict[str, Tensor] = field(default_factory=dict)
     recording: bool = False
+    _terms: dict[str, list[Tensor]] = field(default_factory=dict)
+    _means: dict[str, list[Tensor]] = field(default_factory=dict)
     _batch: TokenBatch | None = None
     _cache: dict = field(default_factory=dict)
 
@@ -87,15 +89,23 @@ class RatioMonitor:
     def begin(self, batch: TokenBatch) -> None:
         """Starts a forward pass over ``batch``; forgets the previous one."""
         self._batch, self.loss, self.ratios, self.recording = batch, None, {}, True
+        self._terms, self._means = {}, {}
         self._cache.clear()
 
     def end(self) -> None:
-        """Ends the forward pass: ``loss`` and ``ratios`` are complete."""
+        """Ends the forward pass: forms ``loss`` and ``ratios``.
+
+        A module that ran several times (shared blocks) counts with the mean of its calls.
+        """
         self.recording = False
+        for module, terms in self._terms.items():
+            term = torch.stack(terms).mean() if len(terms) > 1 else terms[0]
+            self.loss = term if self.loss is None else self.loss + term.to(self.loss.device)
+            self.ratios[module] = torch.stack(self._means[module]).mean(0)
 
     def clear(self) -> None:
         """Ends the step: the modules compute their outputs alone from now on."""
-        self._batch, self.loss, self.recording = None, None, False
+        self._batch, self.loss, self.recording, self._terms = None, None, False, {}
         self._cache.clear()
 
     def own_segment(self, module: str, z: Tensor) -> Tensor:
@@ -130,15 +140,16 @@ class RatioMonitor:
         return (scale @ average).masked_fill_(own < 0, 0.0), average
 
     def record(self, module: str, z: Tensor, omega: Tensor) -> None:
-        """Adds one module's ``omega (N,)`` to the loss and keeps its per-task means, ``(K,)``."""
+        """Takes one call's ``omega (N,)``: its part of the loss, and its per-task means ``(K,)``."""
         _, a, average = self._cache[(tuple(self.targets[module]), z.shape[:-1], z.device)]
         # Padding has weight 0 and may hold anything.
         term = torch.where(a > 0, a * omega, 0.0).sum()
         if not self.recording:
             return
-        self.loss = term if self.loss is None else self.loss + term.to(self.loss.device)
+        self._terms.setdefault(module, []).append(term)
         # Element by element: in a product, one task's NaN would reach the means of all.
-        self.ratios[module] = torch.where(average > 0, average * omega.detach(), 0.0).sum(1)
+        mean = torch.where(average > 0, average * omega.detach(), 0.0).sum(1)
+        self._means.setdefault(module, []).append(mean)
 
     def task_means(self) -> dict[str, float]:
         """Mean ratio of each task over its target modules, of the pass that ended last."""

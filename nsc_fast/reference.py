@@ -12,11 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CLAMP", "merged_linear", "null_space_ratio", "ratio_loss"]
+__all__ = ["CLAMP", "TINY", "merged_linear", "null_space_ratio", "ratio_loss"]
 
 CLAMP = 1e-6
 """Smallest value of ``1 - u`` (u: the share of a token's energy inside the row space). One number for every
 dtype and backend, just above the rounding of a float32 sum over a few thousand features."""
+
+TINY = 2.0**-100
+"""A token with ``||z||^2`` below this counts as zero: beneath it float32 squares lose their digits."""
 
 
 def null_space_ratio(z: Tensor, down: Tensor, *, clamp: float = CLAMP) -> Tensor:
@@ -34,7 +37,7 @@ def null_space_ratio(z: Tensor, down: Tensor, *, clamp: float = CLAMP) -> Tensor
     p = z @ down.T
     inside = ((p @ gram_inverse) * p).sum(-1)
     norm2 = z.square().sum(-1)
-    u = torch.where(norm2 > 0, inside / torch.where(norm2 > 0, norm2, 1.0), 0.0)
+    u = torch.where(norm2 > TINY, inside / torch.where(norm2 > TINY, norm2, 1.0), 0.0)
     radicand = 1.0 - u
     return torch.where(radicand > clamp, radicand, clamp).sqrt()
 

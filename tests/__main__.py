@@ -1,8 +1,8 @@
 """``python -m tests``: the whole test suite.
 
-Interpreting kernels and compiling them exclude each other within a process (Triton reads TRITON_INTERPRET when it
-is first imported), so the suite runs as two: the interpreted kernels, and everything else with the smoke
-benchmarks.
+Interpreting kernels and compiling them exclude each other within a process (Triton reads TRITON_INTERPRET
+when it is first imported), so the suite runs as two: the interpreted kernels, and everything else with the
+smoke benchmarks.
 """
 
 import os

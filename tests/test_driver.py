@@ -10,12 +10,14 @@ from tiny import (
     eager_loss,
     linear_names,
     random_adapters,
+    random_factors,
     tiny_bert,
     tiny_llama,
     token_batch,
 )
 from torch import nn
 
+from nsc_fast import reference
 from nsc_fast.driver import Driver, optimise
 from nsc_fast.errors import MergeError
 from nsc_fast.layers import MergedLinear, install, remove
@@ -589,3 +591,30 @@ class TestParameters:
     def test_schedules(self, schedule, warmup, expected):
         p = NSCParameters(steps=4, schedule=schedule, warmup_steps=warmup)
         assert [p.rate_at(i) for i in range(4)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_module_that_runs_twice_counts_with_the_mean_of_its_calls():
+    torch.manual_seed(0)
+    raw = {"t": {"up": (*random_factors(2, 6, 6), 1.0)}}
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Linear(6, 6).double()
+
+        def forward(self, x):
+            return self.up(torch.tanh(self.up(x)))
+
+    model, x = Twice(), torch.randn(4, 6, dtype=torch.float64)
+    driver = None
+    installation = install(model, canonical_adapters(raw), targets=["up"], on_recorded=lambda: driver.count())
+    driver = Driver(model, installation)
+    first, ratios = driver.losses({"t": {"x": x}})
+    again, _ = driver.losses({"t": {"x": x}})
+    a, b, s = raw["t"]["up"]
+    weight = model.up.base.weight + 0.4 * s * (b @ a)
+    inner = torch.tanh(torch.nn.functional.linear(x, weight, model.up.base.bias))
+    expected = sum(reference.ratio_loss(z, a) for z in (x, inner)) / 2
+    assert first == pytest.approx(expected.item()) == ratios["t"]
+    # From the second pass on it stops after the last call, and sees the same.
+    assert again == pytest.approx(first)

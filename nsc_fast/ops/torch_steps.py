@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference import TINY
+
 # Rows are handled in blocks of about this size: what one product has read is still in a shared cache when
 # the next one needs it.
 _BLOCK_BYTES = 16 << 20
@@ -207,7 +209,7 @@ def _slope(omega: Tensor, norm2: Tensor, grad_omega: Tensor, clamp: float) -> Te
     """``t = grad_omega / (omega ||z||^2)``; 0 for zero tokens and at the clamp, where omega is constant."""
     floor = omega.new_tensor(clamp).sqrt_()
     norm2 = norm2.view(-1, *[1] * (omega.ndim - 1))
-    live = (omega > floor) & (norm2 > 0)
+    live = (omega > floor) & (norm2 > TINY)
     return torch.where(live, grad_omega.to(omega.dtype) / (omega * norm2), 0.0)
 
 
@@ -226,7 +228,7 @@ def _inside(p: Tensor, norm2: Tensor, segment: Tensor, num_segments: int) -> Ten
         energy = torch.linalg.vector_norm(p, dim=1, keepdim=True).square_()
     else:
         energy = p.square() @ _one_hot(segment, num_segments, p.dtype)
-    positive = torch.where(norm2 > 0, norm2, 1.0)
+    positive = torch.where(norm2 > TINY, norm2, torch.inf)
     return energy.div_(positive[:, None])
 
 

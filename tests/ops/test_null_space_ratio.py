@@ -454,3 +454,19 @@ class TestErrors:
     def test_triton_on_float64_is_refused(self):
         with pytest.raises(RuntimeError, match="not float64"):
             null_space_ratio(torch.ones(2, 4).double(), torch.ones(1, 4), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-15, 1e-20, 1e-23, 1e-30])
+def test_tokens_too_small_for_their_squares_count_as_zero(dtype, size):
+    torch.manual_seed(0)
+    down = torch.randn(3, 16, dtype=torch.float64)
+    z = (torch.randn(5, 16, dtype=torch.float64) * size).to(dtype).requires_grad_()
+    omega = null_space_ratio(z, row_basis(down)[0])
+    (dz,) = torch.autograd.grad(omega.sum(), z)
+    assert torch.isfinite(omega).all() and torch.isfinite(dz).all()
+    if size == 1e-15:
+        truth = reference.null_space_ratio(z.detach().double(), down)
+        torch.testing.assert_close(omega.double(), truth, rtol=0, atol=1e-6)
+    else:
+        assert (omega == 1).all() and (dz == 0).all()
