@@ -23,7 +23,6 @@ setup(
         "nsc_fast.kernels",
         "nsc_fast.methods",
         "nsc_fast.ops",
-        "nsc_fast.report",
     ],
     package_dir={"nsc_fast": "nsc_fast", "nsc_fast.kernels": "kernels"},
     package_data={"nsc_fast.demo": ["data/*", "adapters/*", "adapters/*/*"]},
