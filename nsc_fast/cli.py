@@ -1,22 +1,31 @@
-"""The command line: ``nsc-fast inspect | validate | merge | verify | doctor | demo``."""
+"""The command line: ``nsc-fast inspect | validate | methods | merge | sweep | verify | doctor | demo``."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import __version__
 from .adapters import AdapterError, inspect_adapter
+from .cli_tables import (
+    console,
+    describe_method,
+    inspection_table,
+    method_details,
+    methods_table,
+    print_checks,
+    progress,
+    ratio_table,
+    sweep_table,
+)
 from .errors import MergeError, RecipeError
 
 app = typer.Typer(
@@ -25,7 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Several LoRA adapters in, one merged LoRA out, by null-space compression.",
 )
-console = Console(stderr=True)
 
 USAGE, REFUSED, UNVERIFIED = 2, 3, 4
 
@@ -60,7 +68,7 @@ def inspect(
     if as_json:
         print(json.dumps([asdict(one) for one in found], indent=2, default=str))
     else:
-        _inspection_table(found)
+        inspection_table(found)
     if any(one.problems for one in found):
         raise typer.Exit(REFUSED)
 
@@ -109,6 +117,7 @@ def merge(
     """Merges adapters into one LoRA: ``merge RECIPE OUT``, or with flags instead of a recipe."""
     import torch
 
+    from .cli_recipe import recipe_of
     from .merge import check_inputs, run_recipe
     from .verify import verify_output
 
@@ -116,7 +125,7 @@ def merge(
         if adapter and recipe is not None and out is None and out_option is None:
             recipe, out = None, recipe
         out = out or out_option
-        loaded = _recipe(recipe, base_model, adapter, data, text, method, set_, max_rank, out_dtype, seed)
+        loaded = recipe_of(recipe, base_model, adapter, data, text, method, set_, max_rank, out_dtype, seed)
         if out is None and not dry_run:
             raise RecipeError("no output folder: give OUT or --out")
         if out is not None and out.exists() and not overwrite:
@@ -126,12 +135,12 @@ def merge(
             console.print("ok: recipe, adapters and data can be read")
             return
         steps = int(loaded.method_parameters().model_dump().get("steps", 0))
-        with _progress(steps) as (on_stage, on_step):
+        with progress(steps) as (on_stage, on_step):
             result, model = run_recipe(
                 loaded, device=_device(device), impl=impl, on_stage=on_stage, on_step=on_step
             )
         if result.history:
-            _ratio_table(result.history)
+            ratio_table(result.history, result.measure)
         if result.interrupted:
             console.print(f"interrupted: writing the coefficients after {len(result.history)} steps")
         report = result.save_pretrained(
@@ -150,7 +159,8 @@ def merge(
             from .merge import read_adapters
 
             checks = verify_output(out, result.updates, model, adapters=read_adapters(loaded))
-            _print_checks(checks)
+            if not print_checks(checks):
+                raise typer.Exit(UNVERIFIED)
 
 
 @app.command("verify")
@@ -167,7 +177,78 @@ def verify_command(
         checks = verify_folder(out, base_model=base_model, device=_device(device))
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
-    _print_checks(checks)
+    if not print_checks(checks):
+        raise typer.Exit(UNVERIFIED)
+
+
+@app.command("methods")
+def methods_command(
+    name: Annotated[str | None, typer.Argument(help="one method, with its parameters")] = None,
+    as_json: Json = False,
+) -> None:
+    """Lists the merging methods: what each needs, gives and costs; of one, its parameters and defaults."""
+    from . import methods
+
+    with _errors():
+        chosen = [methods.get(n) for n in (methods.names() if name is None else (name,))]
+    if as_json:
+        described = [describe_method(method) for method in chosen]
+        print(json.dumps(described if name is None else described[0], indent=2))
+    elif name is None:
+        methods_table(chosen)
+    else:
+        method_details(chosen[0])
+
+
+@app.command("sweep")
+def sweep_command(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of a data-free method")],
+    grid: Annotated[
+        list[str] | None, typer.Option("--grid", help="KEY=VALUE,VALUE,... of a parameter; repeat")
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(help="shell command: gets the candidate's folder, prints a number, higher is better"),
+    ] = None,
+    label_free: Annotated[
+        bool,
+        typer.Option("--label-free", help="score by the null-space ratio on the recipe's data; the default"),
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="write the best adapter here")] = None,
+    method: Annotated[str | None, typer.Option(help="merge method")] = None,
+    device: Device = "auto",
+    impl: Annotated[str, typer.Option(help="auto, triton or torch")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output folder")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merges and scores every point of a grid, and keeps the best. Without --grid: the method's own."""
+    from .cli_recipe import recipe_of
+    from .sweep import parse_grid, sweep
+
+    with _errors():
+        if score is not None and label_free:
+            raise RecipeError("give --score or --label-free, not both")
+        if out is not None and out.exists() and not overwrite:
+            raise RecipeError(f"the output {out} exists; choose another folder or add --overwrite")
+        loaded = recipe_of(recipe, method=method)
+        with progress(0) as (on_stage, _):
+            found = sweep(
+                loaded,
+                parse_grid(grid) if grid else None,
+                command=score,
+                device=_device(device),
+                impl=impl,
+                on_stage=on_stage,
+                on_point=lambda p: console.print(f"{dict(p.values)}: {p.score:.6g}", highlight=False),
+            )
+        if out is not None:
+            found.save(out, loaded, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(found.table(), indent=2))
+    else:
+        sweep_table(found)
+    if out is not None:
+        console.print(f"wrote the best to {out}", highlight=False)
 
 
 @app.command()
@@ -216,81 +297,6 @@ def demo(
         run(out)
 
 
-def _recipe(
-    file: Path | None,
-    base_model: str | None,
-    adapters: list[str] | None,
-    data: list[str] | None,
-    text: str,
-    method: str | None,
-    settings: list[str] | None,
-    max_rank: int | None,
-    out_dtype: str | None,
-    seed: int | None,
-) -> Any:
-    """The recipe from a file with flags over it, or from flags alone."""
-    import yaml
-
-    from .recipe import make_recipe
-
-    if file is not None:
-        if adapters or data:
-            raise RecipeError("give a recipe or --adapter/--data flags, not both")
-        if not file.is_file():
-            raise RecipeError(f"there is no recipe {str(file)!r}")
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{file}: not a readable YAML file: {error}") from error
-        if not isinstance(content, dict):
-            raise RecipeError(f"{file}: a recipe is a mapping with 'adapters' in it")
-    else:
-        content = {"adapters": _flag_adapters(adapters or [], data or [], text)}
-    if base_model is not None:
-        content["base_model"] = base_model
-    if method is not None:
-        content["merge_method"] = method
-    if seed is not None:
-        content["seed"] = seed
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise RecipeError(f"--set {setting!r}: write KEY=VALUE")
-        target = content.setdefault("parameters", {})
-        *outer, last = key.split(".")
-        for part in outer:
-            target = target.setdefault(part, {})
-        target[last] = yaml.safe_load(value)
-    for key, value in (("max_rank", max_rank), ("dtype", out_dtype)):
-        if value is not None:
-            content.setdefault("output", {})[key] = value
-    return make_recipe(content, where=str(file or "flags"), folder=file.parent if file else None)
-
-
-def _flag_adapters(adapters: list[str], data: list[str], text: str) -> list[dict[str, Any]]:
-    if not adapters:
-        raise RecipeError("nothing to merge: give a recipe, or --adapter NAME=PATH for every adapter")
-    columns: str | list[str] = text.split(",") if "," in text else text
-    files = {}
-    for item in data:
-        name, equals, path = item.partition("=")
-        if not equals:
-            raise RecipeError(f"--data {item!r}: write NAME=FILE.jsonl")
-        files[name] = path
-    out = []
-    for item in adapters:
-        name, equals, path = item.partition("=")
-        if not equals:
-            name, path = Path(item).name, item
-        spec: dict[str, Any] = {"name": name, "path": path}
-        if name in files:
-            spec["data"] = {"path": files.pop(name), "text": columns}
-        out.append(spec)
-    if files:
-        raise RecipeError(f"--data names {next(iter(files))!r}, which is no adapter")
-    return out
-
-
 def _device(name: str) -> str:
     import torch
 
@@ -298,62 +304,6 @@ def _device(name: str) -> str:
         return name
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if accelerator is None else accelerator.type
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[tuple[Callable[[str], None], Callable[[Any], None]]]:
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}")]
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=steps or None, loss="")
-
-        def on_stage(stage: str) -> None:
-            progress.update(bar, description=stage)
-
-        def on_step(record: Any) -> None:
-            progress.update(bar, advance=1, loss=f"loss {record.loss:.4f}")
-
-        yield on_stage, on_step
-
-
-def _ratio_table(history: Any) -> None:
-    table = Table(title=f"null-space ratio over the target modules, {len(history)} steps")
-    for column in ("task", "first step", "last step"):
-        table.add_column(column)
-    for task, before in history[0].ratios.items():
-        table.add_row(task, f"{before:.4f}", f"{history[-1].ratios[task]:.4f}")
-    console.print(table)
-
-
-def _print_checks(checks: list[Any]) -> None:
-    for check in checks:
-        state = "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
-        relation = ">" if check.name == "difference" else "<="
-        console.print(
-            f"{state} {check.name}: {check.value:.1e} (must be {relation} {check.limit:.0e}) {check.detail}",
-            highlight=False,
-        )
-    if not all(check.passed for check in checks):
-        raise typer.Exit(UNVERIFIED)
-
-
-def _inspection_table(found: list[Any]) -> None:
-    table = Table(title="adapters")
-    for column in ("name", "base model", "rank", "scale", "modules", "dtype", "sha256"):
-        table.add_column(column)
-    for one in found:
-        table.add_row(
-            one.name,
-            str(one.base_model),
-            ", ".join(map(str, one.ranks)),
-            ", ".join(f"{s:g}" for s in one.scales),
-            str(one.modules),
-            one.dtype,
-            one.digest[:12],
-        )
-    Console().print(table)
-    for one in found:
-        for problem in one.problems:
-            console.print(f"[bold red]{one.name}:[/] {problem}", highlight=False)
 
 
 @app.callback(invoke_without_command=True)

@@ -98,7 +98,7 @@ def row_basis(down: Tensor, *, rtol: float | None = None) -> tuple[Tensor, Tenso
 def canonical(down: Tensor, up: Tensor, scaling: float = 1.0, *, rtol: float | None = None) -> LowRankUpdate:
     """Canonical factors of ``scaling * up @ down``.
 
-    Besides inputs and result there is no further matrix of the size of a factor at any time.
+    With float64 inputs there is, besides them and the result, no further matrix of the size of a factor.
 
     Args:
         down: A, ``(r, d_in)``.
@@ -128,13 +128,15 @@ def _canonical(down: Tensor, up: Tensor, weights: Tensor, rtol: float | None = N
     # The row side stays a product of reflections until the column side is done.
     rows = _Reflected.of(_rows(down).T)
     inner, coordinates = _split(rows.upper(), max(down.shape), rtol)
-    weighted = coordinates * weights.to(coordinates.device).reshape(-1, 1)
-    core = (weighted.T @ up.detach().to(torch.float64).T).T  # (d_out, rank), column by column in memory
+    coordinates *= weights.to(coordinates.device).reshape(-1, 1)
+    core = (coordinates.T @ up.detach().to(torch.float64).T).T  # (d_out, rank), column by column in memory
+    del coordinates
     d_out, rank = core.shape
     columns = _Reflected.of(core, overwrite=True)
+    del core
     # The full right factor: with d_out < rank the thin one would lose directions of the row space.
     left, s, right = torch.linalg.svd(columns.upper(), full_matrices=True)
-    scaled = columns.times(left * s)
+    scaled = columns.times(left.mul_(s))
     if d_out < rank:
         s = torch.nn.functional.pad(s, (0, rank - d_out))
         scaled = torch.nn.functional.pad(scaled, (0, rank - d_out))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .adapters import (
     check_against_model,
     common_base,
     common_task_type,
+    fit_to_model,
     module_shapes,
     read_adapter,
 )
@@ -24,12 +25,13 @@ from .driver import StepRecord
 from .errors import MergeError
 from .loading import load_base, load_tokenizer
 from .methods import MergeInputs
+from .methods.entropy import EntropyObjective
 from .parameters import Strict
 from .recipe import AdapterSpec, BaseSpec, Recipe
 from .result import MergeResult
 from .text_data import read_rows, text_batches
 
-__all__ = ["check_inputs", "merge_adapters", "read_adapters", "run_recipe"]
+__all__ = ["Prepared", "check_inputs", "merge_adapters", "prepare_recipe", "read_adapters", "run_recipe"]
 
 
 def merge_adapters(
@@ -76,29 +78,99 @@ def merge_adapters(
         parameters = chosen.parameters(**(parameters or {}))
     check_needs(chosen, base_model is not None, data)
     read = {t: a if isinstance(a, Adapter) else read_adapter(a, name=t) for t, a in adapters.items()}
+    if base_model is not None:
+        check_predictions(parameters, read, base_model)
+    prepared = prepare(
+        base_model, read, data, weights=weights, base_name=base_name, seed=seed, impl=impl, on_step=on_step
+    )
+    return prepared.run(chosen, parameters)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Adapters in canonical form, for one merge or for many.
+
+    Attributes:
+        inputs: what a method gets.
+        common: fields of the result that do not depend on the method.
+        recipe: what the resolved recipe says beside method and parameters.
+    """
+
+    inputs: MergeInputs
+    common: Mapping[str, Any]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(
+        self, method: methods.Method, parameters: Strict, weights: Mapping[str, float] | None = None
+    ) -> MergeResult:
+        """One merge; ``weights`` go over those of the inputs."""
+        used = {**self.inputs.weights, **(weights or {})}
+        result = method.run(replace(self.inputs, weights=used), parameters)
+        adapters = [
+            {**spec, "parameters": {"weight": used[spec["name"]]}} if spec["name"] in used else spec
+            for spec in self.recipe["adapters"]
+        ]
+        return replace(
+            result,
+            notices=(*self.common["notices"], *result.notices),
+            recipe={
+                **self.recipe,
+                "merge_method": method.name,
+                "adapters": adapters,
+                "parameters": dict(result.parameters),
+            },
+            **{key: value for key, value in self.common.items() if key != "notices"},
+        )
+
+
+def prepare(
+    base_model: nn.Module | None,
+    adapters: Mapping[str, Adapter],
+    data: Mapping[str, Iterable[Batch]] | None = None,
+    *,
+    weights: Mapping[str, float] | None = None,
+    base_name: str | None = None,
+    seed: int = 0,
+    impl: str = "auto",
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> Prepared:
+    """Canonical factors and everything else that merges of the same adapters share.
+
+    Raises:
+        AdapterError: an adapter that does not fit the base model.
+    """
+    read = {task: fit_to_model(adapter, base_model) for task, adapter in adapters.items()}
     notices = [notice for adapter in read.values() for notice in adapter.notices]
     if base_model is not None:
         notices += check_against_model(read.values(), base_model)
+    heads = {task: adapter.heads for task, adapter in read.items() if adapter.heads}
     inputs = MergeInputs(
         updates={task: adapter.canonical() for task, adapter in read.items()},
         factors={task: adapter.modules for task, adapter in read.items()},
         weights=dict(weights or {}),
         model=base_model,
         data=data,
+        heads=heads,
         seed=seed,
         impl=impl,
         on_step=on_step,
     )
-    result = chosen.run(inputs, parameters)
-    return replace(
-        result,
-        base_model=_public_name(read.values(), base_name),
-        base_shapes=None if base_model is None else module_shapes(base_model),
-        task_type=common_task_type(read.values()),
-        sources={t: {"source": str(a.source), "digest": a.digest} for t, a in read.items()},
-        notices=(*notices, *result.notices),
-        heads={t: a.heads for t, a in read.items() if a.heads},
-    )
+    name = _public_name(read.values(), base_name)
+    common = {
+        "base_model": name,
+        "base_shapes": None if base_model is None else module_shapes(base_model),
+        "task_type": common_task_type(read.values()),
+        "sources": {t: {"source": str(a.source), "digest": a.digest} for t, a in read.items()},
+        "notices": tuple(notices),
+        "heads": heads,
+    }
+    recipe = {
+        "base_model": {"path": name},
+        "adapters": [{"name": task, "path": str(adapter.source)} for task, adapter in read.items()],
+        "modules_to_save": "keep-separate" if heads else "drop",
+        "seed": seed,
+    }
+    return Prepared(inputs, common, recipe)
 
 
 def check_needs(method: methods.Method, has_model: bool, data: Mapping[str, Any] | None) -> None:
@@ -110,6 +182,41 @@ def check_needs(method: methods.Method, has_model: bool, data: Mapping[str, Any]
         )
     if data and not method.needs_data:
         raise MergeError(f"method {method.name!r} uses no data; leave the data out, or choose 'nsc'")
+
+
+def check_one_model(method: methods.Method) -> None:
+    """Whether the method gives one LoRA."""
+    if not method.one_model:
+        raise MergeError(
+            f"method {method.name!r} keeps the adapters apart and gives no merged LoRA to write. In Python, "
+            "merge_adapters(...) returns its store: rebuild(task) gives one adapter, save_store(file) writes "
+            "all. Or choose another method"
+        )
+
+
+def check_predictions(
+    parameters: Strict, adapters: Mapping[str, Adapter], model: nn.Module | None = None
+) -> None:
+    """For methods that look at the model's predictions: whether there are any of that kind.
+
+    Without the model, what the adapters' own heads tell.
+
+    Raises:
+        MergeError: a regression head, by the name of its task, or predictions of another kind.
+    """
+    kind = getattr(parameters, "entropy", None)
+    if kind is None:
+        return
+    for task, adapter in adapters.items() if kind == "classification" else ():
+        for path, tensor in adapter.heads.items():
+            if path.endswith(".weight") and tensor.ndim == 2 and tensor.shape[0] == 1:
+                raise MergeError(
+                    f"the head of task {task!r} ({path}) gives one number per example: entropy is not "
+                    "defined for regression. Leave the task out, or use method 'nsc', whose objective needs "
+                    "no outputs"
+                )
+    if model is not None:
+        EntropyObjective.check(model, kind)
 
 
 def _public_name(adapters: Iterable[Adapter], base_name: str | None) -> str:
@@ -138,7 +245,8 @@ def _read(spec: AdapterSpec, recipe: Recipe) -> Adapter:
 def check_inputs(recipe: Recipe) -> tuple[dict[str, Adapter], BaseSpec]:
     """Everything that can be checked before the base model is loaded: adapters, data files, parameters."""
     method = methods.get(recipe.merge_method)
-    recipe.method_parameters()
+    check_one_model(method)
+    parameters = recipe.method_parameters()
     adapters = read_adapters(recipe)
     name = common_base(adapters.values(), None if recipe.base_model is None else recipe.base_model.path)
     base = recipe.base_model or BaseSpec(path=name)
@@ -149,6 +257,7 @@ def check_inputs(recipe: Recipe) -> tuple[dict[str, Adapter], BaseSpec]:
             raise MergeError(f"adapter {spec.name!r} has no data, which method {method.name!r} needs")
         if spec.data is not None:
             read_rows(spec.name, spec.data, recipe.seed)
+    check_predictions(parameters, adapters)
     return adapters, base
 
 
@@ -165,26 +274,36 @@ def run_recipe(
     Returns:
         The result, and the base model (unchanged), for the checks that follow.
     """
+    prepared, model = prepare_recipe(recipe, device=device, impl=impl, on_stage=on_stage, on_step=on_step)
+    on_stage("merging")
+    return prepared.run(methods.get(recipe.merge_method), recipe.method_parameters()), model
+
+
+def prepare_recipe(
+    recipe: Recipe,
+    *,
+    device: str | torch.device = "cpu",
+    impl: str = "auto",
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> tuple[Prepared, nn.Module]:
+    """Loads what the recipe names, the base model too, and brings the adapters into canonical form."""
     on_stage("reading adapters")
     adapters, base = check_inputs(recipe)
-    method = methods.get(recipe.merge_method)
     on_stage(f"loading {base.path}")
     modules = dict.fromkeys(m for adapter in adapters.values() for m in adapter.modules)
     model = load_base(base, modules, task_type=common_task_type(adapters.values()), device=device)
-    check_against_model(adapters.values(), model)
+    check_predictions(recipe.method_parameters(), adapters, model)
+    check_against_model([fit_to_model(adapter, model) for adapter in adapters.values()], model)
     data = None
-    if method.needs_data:
+    if methods.get(recipe.merge_method).needs_data:
         on_stage("reading data")
-        tokenizer = load_tokenizer(base)
-        data = {s.name: text_batches(s.name, s.data, tokenizer, recipe.seed) for s in recipe.adapters}
-    on_stage("merging")
+        data = read_data(recipe, base)
     weights = {s.name: s.parameters.weight for s in recipe.adapters if s.parameters.weight is not None}
-    result = merge_adapters(
+    prepared = prepare(
         model,
         adapters,
         data,
-        method=recipe.merge_method,
-        parameters=recipe.method_parameters(),
         weights=weights,
         base_name=base.path,
         seed=recipe.seed,
@@ -193,4 +312,14 @@ def run_recipe(
     )
     resolved = recipe.model_dump(mode="json", exclude_none=True)
     resolved["base_model"] = base.model_dump(mode="json", exclude_none=True)
-    return replace(result, recipe={**resolved, "parameters": dict(result.parameters)}), model
+    return replace(prepared, recipe=resolved), model
+
+
+def read_data(recipe: Recipe, base: BaseSpec) -> dict[str, list[Batch]]:
+    """Task -> tokenised batches of its unlabeled text."""
+    tokenizer = load_tokenizer(base)
+    return {
+        spec.name: text_batches(spec.name, spec.data, tokenizer, recipe.seed)
+        for spec in recipe.adapters
+        if spec.data is not None
+    }

@@ -11,22 +11,27 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapters import Adapter, check_against_model, module_shapes, read_adapter, write_lora
+from . import methods
+from .adapters import Adapter, check_against_model, fit_to_model, module_shapes, read_adapter, write_lora
 from .errors import MergeError
 from .factors import LowRankUpdate, canonical
 from .layers import install, remove, stack_adapters
 from .loading import load_base
+from .methods import MergeInputs
 from .recipe import BaseSpec
 
-__all__ = ["Check", "probe", "verify_folder", "verify_output"]
+__all__ = ["Check", "applied", "probe", "verify_folder", "verify_output"]
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,19 @@ def verify_output(
         )
     )
     if adapters:
-        checks.append(_identity_check(next(iter(adapters.items())), model, inputs))
+        task, adapter = next(iter(adapters.items()))
+        checks.append(_identity_check((task, fit_to_model(adapter, model)), model, inputs))
     return checks
 
 
 def verify_folder(
     out: str | os.PathLike[str], *, base_model: str | None = None, device: str = "cpu"
 ) -> list[Check]:
-    """Checks an existing output from what stands in it: its coefficients and the adapters it names.
+    """Checks an existing output against what it tells of its merge.
+
+    With coefficients, these give the merged update; a data-free method without coefficients runs again, from
+    the recorded sources, parameters and seed. Where neither is possible, the folder is compared with itself:
+    what PEFT makes of it.
 
     Raises:
         MergeError: the folder was not written by a merge, or its sources are gone.
@@ -96,27 +106,66 @@ def verify_folder(
     if not summary_file.is_file():
         raise MergeError(f"{folder}: no nsc_fast/merge.json; verify needs a folder that `merge` wrote")
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    adapters = {}
-    for task in summary["tasks"]:
-        source = summary["sources"][task]
-        adapters[task] = read_adapter(source["source"], name=task, modules_to_save="drop")
-        if adapters[task].digest != source["digest"]:
-            raise MergeError(f"adapter {task!r} at {source['source']} is not the one that was merged")
-    tensors_file = folder / "nsc_fast" / "coefficients.safetensors"
-    if not tensors_file.is_file():
-        raise MergeError(f"{folder}: method {summary['method']!r} has no coefficients to verify against")
-    coefficients = load_file(str(tensors_file))
-    stacks = stack_adapters({task: adapter.canonical() for task, adapter in adapters.items()})
-    updates = {module: stacked.merged(coefficients[module]) for module, stacked in stacks.items()}
+    recipe_file = folder / "nsc_fast" / "config.resolved.yaml"
+    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else {}
+    adapters = _sources(summary, recipe)
     types = {adapter.task_type for adapter in adapters.values()}
     model = load_base(
         BaseSpec(path=base_model or summary["base_model"]),
-        stacks,
+        list(dict.fromkeys(m for adapter in adapters.values() for m in adapter.modules)),
         task_type=types.pop() if len(types) == 1 else None,
         device=device,
     )
+    adapters = {task: fit_to_model(adapter, model) for task, adapter in adapters.items()}
     check_against_model(adapters.values(), model)
-    return verify_output(folder, updates, model, adapters=adapters)
+    updates = _again(folder, summary, recipe, adapters)
+    if updates is not None:
+        return verify_output(folder, updates, model, adapters=adapters)
+    written = read_adapter(folder, name="merged").canonical()
+    checks = verify_output(folder, written, model, adapters=adapters)
+    told = f"; method {summary['method']!r} cannot run again without data: the folder against itself"
+    return [
+        replace(check, detail=check.detail + told) if check.name == "reload" else check
+        for check in checks
+        if check.name != "weights"
+    ]
+
+
+def _sources(summary: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Adapter]:
+    """The merged adapters, if they are still the same."""
+    specs = {spec["name"]: spec for spec in recipe.get("adapters", ())}
+    adapters = {}
+    for task in summary["tasks"]:
+        source = summary["sources"][task]
+        spec = specs.get(task, {"path": source["source"]})
+        where = {key: spec.get(key) for key in ("revision", "subfolder")}
+        adapters[task] = read_adapter(spec["path"], name=task, modules_to_save="drop", **where)
+        if adapters[task].digest != source["digest"]:
+            raise MergeError(f"adapter {task!r} at {source['source']} is not the one that was merged")
+    return adapters
+
+
+def _again(
+    folder: Path, summary: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Mapping[str, Adapter]
+) -> Mapping[str, LowRankUpdate] | None:
+    """The merged update, from the coefficients or by the method; None where only data would give it."""
+    updates = {task: adapter.canonical() for task, adapter in adapters.items()}
+    tensors_file = folder / "nsc_fast" / "coefficients.safetensors"
+    if tensors_file.is_file():
+        coefficients = load_file(str(tensors_file))
+        stacks = stack_adapters(updates)
+        return {module: stacked.merged(coefficients[module]) for module, stacked in stacks.items()}
+    method = methods.get(summary["method"])
+    if method.needs_data:
+        return None
+    weights = {spec["name"]: spec.get("parameters", {}).get("weight") for spec in recipe.get("adapters", ())}
+    inputs = MergeInputs(
+        updates=updates,
+        factors={task: adapter.modules for task, adapter in adapters.items()},
+        weights={task: weight for task, weight in weights.items() if weight is not None},
+        seed=recipe.get("seed", 0),
+    )
+    return method.run(inputs, method.parameters(**summary["parameters"])).updates
 
 
 def probe(model: nn.Module) -> dict[str, Tensor]:
@@ -210,17 +259,24 @@ def _torch_dtype(name: str) -> torch.dtype:
     return names.get(name) or getattr(torch, name.removeprefix("torch."))
 
 
-def _with_updates(
-    model: nn.Module, updates: Mapping[str, LowRankUpdate], inputs: Mapping[str, Tensor]
-) -> Tensor:
+@contextmanager
+def applied(model: nn.Module, updates: Mapping[str, LowRankUpdate]) -> Iterator[None]:
+    """The model with the updates in it, while the block runs."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     install(model, {"merged": updates}, granularity="task", init=1.0)
     try:
-        return _outputs(model, inputs)
+        yield
     finally:
         remove(model)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _with_updates(
+    model: nn.Module, updates: Mapping[str, LowRankUpdate], inputs: Mapping[str, Tensor]
+) -> Tensor:
+    with applied(model, updates):
+        return _outputs(model, inputs)
 
 
 def _with_peft(model: nn.Module, folder: Path, inputs: Mapping[str, Tensor]) -> Tensor:

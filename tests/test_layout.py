@@ -24,8 +24,19 @@ FLOORS = {
     1: ["factors", "reference", "kernels"],
     2: ["ops"],
     3: ["adapters", "batches", "coefficients", "layers", "loss", "monitor", "targets"],
-    4: ["driver", "loading", "merge", "methods", "parameters", "recipe", "result", "text_data", "verify"],
-    5: ["cli", "demo", "report", "__main__"],
+    4: [
+        "driver",
+        "loading",
+        "merge",
+        "methods",
+        "parameters",
+        "recipe",
+        "result",
+        "sweep",
+        "text_data",
+        "verify",
+    ],
+    5: ["cli", "cli_recipe", "cli_tables", "demo", "report", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

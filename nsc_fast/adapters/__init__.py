@@ -10,6 +10,7 @@ from nsc_fast.adapters.check import (
 from nsc_fast.adapters.live import from_peft_model
 from nsc_fast.adapters.model import Adapter, AdapterError, LoraFactors, Problem
 from nsc_fast.adapters.read import Inspection, inspect_adapter, read_adapter
+from nsc_fast.adapters.vera import fit_to_model
 from nsc_fast.adapters.write import WriteReport, write_lora
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "check_against_model",
     "common_base",
     "common_task_type",
+    "fit_to_model",
     "folder_shapes",
     "from_peft_model",
     "inspect_adapter",

@@ -128,7 +128,7 @@ FIELDS: dict[str, Rule] = {
     # The update itself.
     "peft_type": Rule(
         "check",
-        "only LORA adapters are merged",
+        "only LORA adapters, and VERA adapters in folders, are merged",
         lambda value: value == "LORA",
         "convert it first with peft.save_as_lora",
     ),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from safetensors import safe_open
 
 from nsc_fast.adapters.fields import config_problems, scaling_of
 from nsc_fast.adapters.model import Adapter, Problem
 from nsc_fast.adapters.source import digest_of, locate, read_config, read_headers
 from nsc_fast.adapters.tensors import ModulesToSave, assemble, examine
+from nsc_fast.adapters.vera import as_lora, is_vera
 
 __all__ = ["Inspection", "inspect_adapter", "read_adapter"]
 
@@ -24,7 +26,10 @@ def read_adapter(
     modules_to_save: ModulesToSave = "error",
     offline: bool | None = None,
 ) -> Adapter:
-    """Reads a LoRA adapter as PEFT saves it. Safetensors only; a pickle is never opened.
+    """Reads a LoRA or VeRA adapter as PEFT saves it. Safetensors only; a pickle is never opened.
+
+    A VeRA adapter becomes a LoRA of the same update; A is as wide as the shared projection until
+    ``fit_to_model`` cuts it to the layers of the base.
 
     Args:
         path_or_hub_id: folder, or ``owner/name`` on the hub.
@@ -45,15 +50,19 @@ def read_adapter(
     files = locate(path_or_hub_id, name=name, revision=revision, subfolder=subfolder, offline=offline)
     config, headers = read_config(files), read_headers(files)
     with safe_open(files.weights, framework="pt") as weights:
-        return assemble(
+        own, load = config, weights.get_tensor
+        if is_vera(config):
+            config, headers, load = as_lora(files.name, config, headers, load)
+        adapter = assemble(
             files.name,
             files.source,
             config,
             headers,
-            weights.get_tensor,
+            load,
             digest=digest_of(files.weights),
             modules_to_save=modules_to_save,
         )
+    return replace(adapter, config=dict(own))
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,8 @@ def inspect_adapter(
     """
     files = locate(path_or_hub_id, name=name, revision=revision, subfolder=subfolder, offline=offline)
     config, headers = read_config(files), read_headers(files)
+    if is_vera(config):
+        config, headers, _ = as_lora(files.name, config, headers, lambda key: torch.empty(0))
     found = examine(config, headers, modules_to_save)
     shapes = [headers[key].shape for pair in found.pairs.values() for key in pair]
     scales = set() if config_problems(config) else {scaling_of(config, m) for m in found.pairs}

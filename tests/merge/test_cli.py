@@ -99,3 +99,75 @@ def test_mistakes_are_named_and_nothing_is_written(workshop, tmp_path, arguments
 def test_doctor_tests_what_would_be_used():
     code, output = run("doctor", "--device", "cpu")
     assert code == 0 and "impl=\"auto\" uses 'torch' on cpu" in output and "FAILED" not in output
+
+
+def test_methods_lists_all_with_needs_rank_cost_and_paper():
+    from nsc_fast import methods
+
+    code, output = run("methods", "--json")
+    listed = json.loads(output)
+    assert code == 0 and [one["name"] for one in listed] == list(methods.names())
+    for one in listed:
+        assert all(one[key] for key in ("needs", "output_rank", "cost", "paper"))
+        defaults = methods.get(one["name"]).parameters().model_dump(mode="json")
+        assert {key: field["default"] for key, field in one["parameters"].items()} == defaults
+    code, output = run("methods")
+    assert code == 0 and "task_arithmetic" in output and "reversible" in output
+
+
+def test_methods_tells_the_parameters_of_one():
+    code, output = run("methods", "ties")
+    assert code == 0
+    for part in ("density", "float", "> 0 and <= 1", "0.2", "model | module", "survive the trimming"):
+        assert part in output, output
+    code, output = run("methods", "tise")
+    assert code == USAGE and "did you mean 'ties'" in output
+
+
+def test_every_method_can_be_shown():
+    from nsc_fast import methods
+
+    for name in methods.names():
+        code, output = run("methods", name)
+        assert code == 0 and f"parameters of {name}" in output
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("knots_ties", ["density=0.3"]),
+        ("dare", ["max_rank=6"]),
+        ("lego", ["rank=5"]),
+        ("task_arithmetic", []),
+    ],
+)
+def test_verify_runs_a_method_without_coefficients_again(workshop, tmp_path, method, settings):
+    out = tmp_path / "out"
+    flags = [part for setting in settings for part in ("--set", setting)]
+    adapters = ("--adapter", f"one={workshop / 'a0'}", "--adapter", f"two={workshop / 'a1'}")
+    code, output = run(
+        *("merge", "--base-model", workshop / "base", "--device", "cpu", "--seed", 7, "--method", method),
+        *(*flags, *adapters, "--out", out, "--no-verify"),
+    )
+    assert code == 0, output
+    arguments = ("verify", out, "--base-model", workshop / "base", "--device", "cpu")
+    code, output = run(*arguments)
+    assert code == 0 and "ok weights" in output and "ok reload" in output, output
+    resolved = out / "nsc_fast" / "config.resolved.yaml"
+    if method in ("dare", "lego"):
+        resolved.write_text(resolved.read_text().replace("seed: 7", "seed: 8"))
+        code, output = run(*arguments)
+        assert code == UNVERIFIED and "FAILED weights" in output
+
+
+def test_verify_says_where_it_cannot_run_the_method_again(workshop, tmp_path):
+    out = tmp_path / "out"
+    code, output = run(
+        *("merge", workshop / "recipe.yaml", out, "--set", "steps=1", "--device", "cpu", "--no-verify"),
+    )
+    assert code == 0, output
+    for name in ("coefficients.safetensors", "coefficients.json"):
+        (out / "nsc_fast" / name).unlink()
+    code, output = run("verify", out, "--base-model", workshop / "base", "--device", "cpu")
+    assert code == 0 and "cannot run again without data" in output, output
+    assert "ok weights" not in output and "ok reload" in output

@@ -208,3 +208,132 @@ def test_an_adapter_without_data_is_named_before_the_model_is_loaded(workshop):
 def test_nothing_to_merge():
     with pytest.raises(MergeError, match="no adapter"):
         merge_adapters(None, {}, method="uniform")
+
+
+def test_a_method_without_one_model_is_refused_before_the_model_is_loaded(workshop):
+    adapters = [{"name": "one", "path": str(workshop / "a0")}]
+    recipe = make_recipe(
+        {"base_model": "nowhere", "merge_method": "reversible", "adapters": adapters}, where="here"
+    )
+    with pytest.raises(MergeError, match=r"no merged LoRA .* rebuild\(task\)"):
+        check_inputs(recipe)
+    result = merge_adapters(None, {"one": workshop / "a0", "two": workshop / "a0"}, method="reversible")
+    assert set(result.rebuild("one")) == set(read_adapter(workshop / "a0").modules)
+
+
+def test_the_merge_in_python_records_seed_and_weights_for_verify(workshop, tmp_path):
+    adapters = {"one": workshop / "a0", "two": workshop / "a1"}
+    result = merge_adapters(
+        _base(workshop),
+        adapters,
+        method="dare",
+        parameters={"max_rank": 6},
+        weights={"two": -0.5},
+        seed=3,
+        base_name=str(workshop / "base"),
+    )
+    result.save_pretrained(tmp_path / "out")
+    assert all(c.passed for c in verify_folder(tmp_path / "out", base_model=str(workshop / "base")))
+    again = load_recipe(tmp_path / "out" / "nsc_fast" / "config.resolved.yaml")
+    assert (again.seed, again.adapters[1].parameters.weight, again.merge_method) == (3, -0.5, "dare")
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory, workshop):
+    """base/ and two adapters of a classifier; the head of "grade" gives one number."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("classifiers")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=63,
+        num_labels=3,
+        pad_token_id=1,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(workshop / "base").save_pretrained(folder / "base")
+    for name, labels in (("topic", 3), ("tone", 3), ("grade", 1)):
+        model = LlamaForSequenceClassification.from_pretrained(
+            folder / "base", num_labels=labels, ignore_mismatched_sizes=True
+        )
+        lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+        get_peft_model(model, lora).save_pretrained(folder / name)
+    return folder
+
+
+class TestEntropy:
+    """AdaMerging asks for predictions; a regression head has none."""
+
+    def recipe(self, classifiers, workshop, *tasks, **changes):
+        data = {"path": str(workshop / "d0.jsonl"), "num_samples": 8}
+        content = {
+            "base_model": "base",
+            "merge_method": "adamerging",
+            "modules_to_save": "keep-separate",
+            "adapters": [{"name": t, "path": t, "data": data} for t in tasks],
+            "parameters": {"steps": 2},
+        }
+        return make_recipe({**content, **changes}, where="here", folder=classifiers)
+
+    def test_every_task_is_judged_by_its_own_head(self, classifiers, workshop, monkeypatch):
+        from nsc_fast.methods import adamerging
+
+        seen = []
+        real = adamerging.EntropyObjective
+        monkeypatch.setattr(
+            adamerging,
+            "EntropyObjective",
+            type(
+                "Seen", (real,), {"__post_init__": lambda s: (seen.append(s.heads), real.__post_init__(s))[0]}
+            ),
+        )
+        result, _ = run_recipe(self.recipe(classifiers, workshop, "topic", "tone"))
+        assert set(seen[0]) == {"topic", "tone"} and set(result.heads) == {"topic", "tone"}
+        assert result.measure == "prediction entropy" and len(result.history) == 2
+
+    def test_a_regression_head_is_refused_by_name_before_the_model_is_loaded(self, classifiers, workshop):
+        recipe = self.recipe(classifiers, workshop, "topic", "grade", base_model="nowhere")
+        with pytest.raises(MergeError, match="head of task 'grade' .* not defined for regression"):
+            check_inputs(recipe)
+        base = AutoModelForCausalLM.from_pretrained(workshop / "base")
+        read = {t: read_adapter(classifiers / t, modules_to_save="keep-separate") for t in ("topic", "grade")}
+        with pytest.raises(MergeError, match="head of task 'grade'"):
+            merge_adapters(base, read, {"topic": [], "grade": []}, method="adamerging")
+
+    def test_a_model_of_tokens_is_refused_before_the_data_are_read(self, workshop, monkeypatch):
+        from nsc_fast import merge
+
+        monkeypatch.setattr(merge, "read_data", lambda *_: pytest.fail("the data were read"))
+        content = load_recipe(workshop / "recipe.yaml").model_dump(mode="json", exclude_none=True)
+        with pytest.raises(MergeError, match="predicts tokens, not classes"):
+            run_recipe(make_recipe({**content, "merge_method": "adamerging", "parameters": {}}, where="here"))
+
+
+def test_a_vera_adapter_merges_with_lora_and_verifies(workshop, tmp_path):
+    from peft import VeraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        _base(workshop), VeraConfig(r=6, target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    for name, parameter in model.named_parameters():
+        if "vera_lambda" in name:
+            parameter.data.normal_(0, 0.3)
+    model.save_pretrained(tmp_path / "vera")
+    adapters = [{"name": "v", "path": str(tmp_path / "vera")}, {"name": "l", "path": str(workshop / "a0")}]
+    recipe = make_recipe(
+        {"base_model": str(workshop / "base"), "merge_method": "knots_ties", "adapters": adapters},
+        where="here",
+    )
+    result, base = run_recipe(recipe)
+    result.save_pretrained(tmp_path / "out")
+    # The identity check compares with what PEFT's own VeRA layers do.
+    read = {"v": read_adapter(tmp_path / "vera", name="v")}
+    checks = verify_output(tmp_path / "out", result.updates, base, adapters=read)
+    assert [c.name for c in checks if c.passed] == ["weights", "reload", "difference", "identity"]
+    assert all(c.passed for c in verify_folder(tmp_path / "out", base_model=str(workshop / "base")))
