@@ -60,8 +60,9 @@ class Core:
         return min(total, self.shape[0]) * min(total, self.shape[1])
 
     def embed(self, matrix: Tensor) -> LowRankUpdate:
-        """``U M V`` as an update."""
-        return product(self.left @ matrix, self.right)
+        """``U M V`` as an update: with orthonormal U and V only the small M is decomposed."""
+        left, s, right = svd(matrix)
+        return LowRankUpdate(self.left @ (left * s), right @ self.right, s)
 
 
 def joint_core(factors: Mapping[str, Factors]) -> Core:
