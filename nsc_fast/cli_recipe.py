@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from .errors import RecipeError
-from .recipe import Recipe, make_recipe
+from .recipe import Recipe, make_recipe, read_content
 
 __all__ = ["recipe_of"]
 
@@ -29,14 +29,7 @@ def recipe_of(
     if file is not None:
         if adapters or data:
             raise RecipeError("give a recipe or --adapter/--data flags, not both")
-        if not file.is_file():
-            raise RecipeError(f"there is no recipe {str(file)!r}")
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{file}: not a readable YAML file: {error}") from error
-        if not isinstance(content, dict):
-            raise RecipeError(f"{file}: a recipe is a mapping with 'adapters' in it")
+        content = read_content(file)
     else:
         content = {"adapters": _flag_adapters(adapters or [], data or [], text)}
     if base_model is not None:

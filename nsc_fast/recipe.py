@@ -12,7 +12,16 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from .errors import RecipeError
 from .parameters import Strict
 
-__all__ = ["AdapterSpec", "BaseSpec", "DataSpec", "OutputSpec", "Recipe", "load_recipe"]
+__all__ = [
+    "AdapterSpec",
+    "BaseSpec",
+    "DataSpec",
+    "OutputSpec",
+    "Recipe",
+    "load_recipe",
+    "make_recipe",
+    "read_content",
+]
 
 
 class BaseSpec(Strict):
@@ -115,6 +124,11 @@ def load_recipe(path: str | os.PathLike[str], **changes: Any) -> Recipe:
         RecipeError: missing or unreadable file, unknown key, wrong type; names the key.
     """
     file = Path(path)
+    return make_recipe({**read_content(file), **changes}, where=str(file), folder=file.parent)
+
+
+def read_content(file: Path) -> dict[str, Any]:
+    """What stands in a recipe's file, not yet validated; errors as of :func:`load_recipe`."""
     if not file.is_file():
         raise RecipeError(f"there is no recipe {str(file)!r}")
     try:
@@ -123,7 +137,7 @@ def load_recipe(path: str | os.PathLike[str], **changes: Any) -> Recipe:
         raise RecipeError(f"{file}: not a readable YAML file: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{file}: a recipe is a mapping with 'adapters' in it")
-    return make_recipe({**content, **changes}, where=str(file), folder=file.parent)
+    return content
 
 
 def make_recipe(content: dict[str, Any], *, where: str, folder: Path | None = None) -> Recipe:
