@@ -64,6 +64,7 @@ def test_layer_forward_backward(compare, device, size, name) -> None:
             "frozen base layer": both(base),
             "eager concatenated adapters": both(eager),
             "W_merge under autograd": both(materialised),
+            "torch.compile of the eager form": both(torch.compile(eager, dynamic=False)),
             "PEFT, adapters active together": both(peft),
         },
         case=f"N={n} {d_in}x{d_out} K={tasks} r={rank} {str(dtype)[6:]} (flop limit {limit:.2f})",
