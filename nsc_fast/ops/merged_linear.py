@@ -276,12 +276,13 @@ _op.register_autograd(lambda ctx, g, w, *_: _grad(ctx, g, w, _backward_op), setu
 class _MergedLinear(torch.autograd.Function):
     """The same operation without the dispatcher's toll, for eager mode."""
 
-    forward = staticmethod(_forward)
-
+    # One method instead of setup_context: torch inspects the signature anew on each call of the latter.
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _forward(*inputs)
         ctx.mark_non_differentiable(*output[2:])
         _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable

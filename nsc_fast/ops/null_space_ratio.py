@@ -53,11 +53,8 @@ def null_space_ratio(
     _check(z, basis, ranks)
     sizes = [basis.shape[0]] if ranks is None else list(ranks)
     flat = z.reshape(-1, z.shape[-1])
-    segment = torch.repeat_interleave(
-        torch.arange(len(sizes), dtype=torch.int32, device=z.device),
-        torch.tensor(sizes, device=z.device),
-        output_size=sum(sizes),
-    )
+    columns = [g for g, rank in enumerate(sizes) for _ in range(rank)]
+    segment = torch.tensor(columns, dtype=torch.int32, device=z.device)
     impl = dispatch.resolve(impl, z.device, z.dtype, basis.shape[0])
     run = _op if torch.compiler.is_compiling() else _NullSpaceRatio.apply
     omega, _, _ = run(flat, basis.detach(), segment, len(sizes), float(clamp), impl)
@@ -158,12 +155,13 @@ _op.register_autograd(lambda ctx, g, *_: _grad(ctx, g, _backward_op), setup_cont
 class _NullSpaceRatio(torch.autograd.Function):
     """The same operation without the dispatcher's toll, for eager mode."""
 
-    forward = staticmethod(_forward)
-
+    # One method instead of setup_context: torch inspects the signature anew on each call of the latter.
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _forward(*inputs)
         ctx.mark_non_differentiable(*output[1:])
         _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
