@@ -21,7 +21,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LowRankUpdate", "Stack", "canonical", "row_basis", "stack"]
+__all__ = [
+    "LowRankUpdate",
+    "Stack",
+    "canonical",
+    "embedded",
+    "gathered",
+    "row_basis",
+    "stack",
+    "times_in_place",
+    "weighted_sum",
+]
 
 
 @dataclass(frozen=True)
@@ -79,20 +89,33 @@ class LowRankUpdate:
         return root[:, None] * self.basis, unit
 
 
-def row_basis(down: Tensor, *, rtol: float | None = None) -> tuple[Tensor, Tensor]:
+def row_basis(down: Tensor, *, rtol: float | None = None, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """Orthonormal basis of the row space of ``down`` and the coordinates of ``down`` in it.
 
     Args:
         down: A, ``(r, d_in)``, any floating dtype.
         rtol: singular values of A at or below ``rtol`` times the largest are taken for zero. Default: what
             float64 can tell from zero, ``max(r, d_in) * eps``.
+        overwrite: the basis takes the memory of ``down``, a contiguous float64 matrix that is lost.
 
     Returns:
         ``(Q_a, M)`` in float64 with ``A = M Q_a``, ``Q_a (rank, d_in)`` orthonormal rows, ``M (r, rank)``.
     """
-    rows = _Reflected.of(_rows(down).T)
-    left, coordinates = _split(rows.upper(), max(down.shape), rtol)
-    return rows.times(left).T, coordinates
+    rows = _Reflected.of(_rows(down).T, overwrite=overwrite)
+    left, s, right = _split(rows.upper(), max(down.shape), rtol)
+    return rows.times(left).T, right * s
+
+
+def embedded(left: Tensor, matrix: Tensor) -> LowRankUpdate:
+    """Canonical factors of ``left @ matrix``, in the memory of these two, which are lost.
+
+    Args:
+        left: ``(d_out, n)`` float64, orthonormal columns: with them only ``matrix`` has to be decomposed.
+        matrix: ``(n, d_in)`` float64, contiguous.
+    """
+    rows = _Reflected.of(_rows(matrix).T, overwrite=True)
+    inner, s, right = _split(rows.upper(), max(left.shape[0], matrix.shape[1]), None)
+    return LowRankUpdate(times_in_place(left, right * s), rows.times(inner).T, s)
 
 
 def canonical(down: Tensor, up: Tensor, scaling: float = 1.0, *, rtol: float | None = None) -> LowRankUpdate:
@@ -113,24 +136,36 @@ def canonical(down: Tensor, up: Tensor, scaling: float = 1.0, *, rtol: float | N
     Raises:
         ValueError: shapes that do not fit, or values that are not finite.
     """
-    return _canonical(down, up, torch.tensor(scaling, dtype=torch.float64), rtol)
-
-
-def _canonical(down: Tensor, up: Tensor, weights: Tensor, rtol: float | None = None) -> LowRankUpdate:
-    """Canonical factors of ``up @ diag(weights) @ down``; ``weights`` is one value, or one a column."""
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
         raise ValueError(
             f"factors do not fit: down {tuple(down.shape)}, up {tuple(up.shape)}; "
             "expected (r, d_in) and (d_out, r)"
         )
-    if not (_finite(up) and _finite(weights)):
+    return _canonical([down], [up], torch.tensor(scaling, dtype=torch.float64), rtol)
+
+
+def _canonical(
+    downs: Sequence[Tensor], ups: Sequence[Tensor], weights: Tensor, rtol: float | None = None
+) -> LowRankUpdate:
+    """Canonical factors of ``[B_1 ... B_K] @ diag(weights) @ [A_1; ...; A_K]``.
+
+    Neither stack is formed beside the results: A's is decomposed where it is gathered, and of B's only the
+    product with A's coordinates is needed, which is a sum over the parts.
+
+    Args:
+        weights: one value, or one per row of the stacked A.
+    """
+    if not (all(map(_finite, ups)) and _finite(weights)):
         raise ValueError("the up projection or its scaling holds NaN or infinite values")
     # The row side stays a product of reflections until the column side is done.
-    rows = _Reflected.of(_rows(down).T)
-    inner, coordinates = _split(rows.upper(), max(down.shape), rtol)
-    coordinates *= weights.to(coordinates.device).reshape(-1, 1)
-    core = (coordinates.T @ up.detach().to(torch.float64).T).T  # (d_out, rank), column by column in memory
-    del coordinates
+    rows = _Reflected.of(gathered([_checked(down) for down in downs]).T, overwrite=True)
+    inner, s, right = _split(rows.upper(), max(rows.packed.shape), rtol)
+    parts = (right * s * weights.to(s.device).reshape(-1, 1)).split([down.shape[0] for down in downs])
+    # (d_out, rank), column by column in memory.
+    core = (parts[0].T @ ups[0].detach().to(torch.float64).T).T
+    for part, up in zip(parts[1:], ups[1:], strict=True):
+        core.T.addmm_(part.T, up.detach().to(torch.float64).T)
+    del parts, right
     d_out, rank = core.shape
     columns = _Reflected.of(core, overwrite=True)
     del core
@@ -143,22 +178,53 @@ def _canonical(down: Tensor, up: Tensor, weights: Tensor, rtol: float | None = N
     return LowRankUpdate(scaled, rows.times(inner @ right.T).T, s)
 
 
+def gathered(parts: Sequence[Tensor], scales: Sequence[float] | None = None) -> Tensor:
+    """The rows of ``parts``, each times its scale, one below the other in new float64 memory."""
+    counts = [part.shape[0] for part in parts]
+    out = torch.empty(sum(counts), parts[0].shape[1], dtype=torch.float64, device=parts[0].device)
+    for i, (part, place) in enumerate(zip(parts, out.split(counts), strict=True)):
+        place.copy_(part.detach())
+        if scales is not None and scales[i] != 1.0:
+            place.mul_(scales[i])
+    return out
+
+
+def times_in_place(tall: Tensor, small: Tensor) -> Tensor:
+    """``tall @ small`` in the memory of ``tall``, which is lost; ``small`` has no more columns than rows.
+
+    The result is laid out by columns, and holds no memory that it does not need, if ``tall`` is laid out so
+    and holds none.
+    """
+    width = small.shape[1]
+    for block in tall.split(_BLOCK):
+        block[:, :width] = block @ small
+    # A part of the memory would hold all of it.
+    return tall if width == tall.shape[1] else tall[:, :width].T.clone().T
+
+
 def _rows(down: Tensor) -> Tensor:
     """A down projection, checked, in float64."""
+    return _checked(down).detach().to(torch.float64)
+
+
+def _checked(down: Tensor) -> Tensor:
     if down.ndim != 2:
         raise ValueError(f"a down projection has two dimensions, got shape {tuple(down.shape)}")
     if not _finite(down):
         raise ValueError("the down projection holds NaN or infinite values")
-    return down.detach().to(torch.float64)
+    return down
 
 
-def _split(upper: Tensor, size: int, rtol: float | None) -> tuple[Tensor, Tensor]:
-    """Of the triangular factor of A^T: its left singular vectors, and A's coordinates in them."""
+def _split(upper: Tensor, size: int, rtol: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular values of the triangular factor of A^T that are not zero, and its vectors of each side.
+
+    With the left ones as basis, the right ones times the values are A's coordinates.
+    """
     if rtol is None:
         rtol = size * torch.finfo(torch.float64).eps
     left, s, right = torch.linalg.svd(upper, full_matrices=False)
     keep = int((s > rtol * s.max()).sum()) if s.numel() else 0
-    return left[:, :keep], right[:keep].T * s[:keep]
+    return left[:, :keep], s[:keep], right[:keep].T
 
 
 def _finite(values: Tensor) -> bool:
@@ -195,12 +261,8 @@ class _Reflected:
         count = self.tau.numel()
         tall = self.packed[:, :count]
         torch.linalg.householder_product(tall, self.tau, out=tall)
-        width = small.shape[1]
-        for block in tall.split(_BLOCK):
-            block[:, :width] = block @ small
         del self.packed
-        # A part of the memory would hold all of it.
-        return tall if width == self.tau.numel() == count else tall[:, :width].T.clone().T
+        return times_in_place(tall, small)
 
 
 @dataclass(frozen=True)
@@ -231,19 +293,23 @@ class Stack:
         Args:
             coefficients: ``(K,)`` one per task or ``(R,)`` one per singular direction.
         """
-        return _canonical(self.basis, self.columns, self.expand(coefficients))
+        return _canonical([self.basis], [self.columns], self.expand(coefficients))
 
     def expand(self, coefficients: Tensor) -> Tensor:
         """Coefficients as one float64 value per stacked column, ``(R,)``."""
-        c = coefficients.detach().to(torch.float64).cpu()
-        if c.shape == (sum(self.ranks),):
-            return c
-        if c.shape != (len(self.tasks),):
-            raise ValueError(
-                f"expected {len(self.tasks)} coefficients (one per task) or {sum(self.ranks)} "
-                f"(one per singular direction), got shape {tuple(c.shape)}"
-            )
-        return c[self.segment.long()]
+        return _expand(coefficients, self.ranks)
+
+
+def _expand(coefficients: Tensor, ranks: Sequence[int]) -> Tensor:
+    c = coefficients.detach().to(torch.float64).cpu()
+    if c.shape == (sum(ranks),):
+        return c
+    if c.shape != (len(ranks),):
+        raise ValueError(
+            f"expected {len(ranks)} coefficients (one per task) or {sum(ranks)} "
+            f"(one per singular direction), got shape {tuple(c.shape)}"
+        )
+    return c.repeat_interleave(torch.tensor(ranks, dtype=torch.int64))
 
 
 def stack(updates: Sequence[tuple[str, LowRankUpdate]]) -> Stack:
@@ -252,6 +318,28 @@ def stack(updates: Sequence[tuple[str, LowRankUpdate]]) -> Stack:
     Raises:
         ValueError: no update, or updates of weights of different shapes.
     """
+    updates = _stackable(updates)
+    return Stack(
+        torch.cat([u.columns for _, u in updates], dim=1),
+        torch.cat([u.basis for _, u in updates], dim=0),
+        tuple(name for name, _ in updates),
+        tuple(u.rank for _, u in updates),
+    )
+
+
+def weighted_sum(updates: Sequence[tuple[str, LowRankUpdate]], coefficients: Tensor) -> LowRankUpdate:
+    """What :meth:`Stack.merged` gives on the stack of ``updates``, without forming the stack.
+
+    Raises:
+        ValueError: as for :func:`stack`, or a wrong number of coefficients.
+    """
+    own = [update for _, update in _stackable(updates)]
+    weights = _expand(coefficients, [u.rank for u in own])
+    return _canonical([u.basis for u in own], [u.columns for u in own], weights)
+
+
+def _stackable(updates: Sequence[tuple[str, LowRankUpdate]]) -> list[tuple[str, LowRankUpdate]]:
+    """The updates, checked, with a direction of zeros in place of rank 0."""
     if not updates:
         raise ValueError("no update to stack")
     shapes = {name: update.shape for name, update in updates}
@@ -259,13 +347,7 @@ def stack(updates: Sequence[tuple[str, LowRankUpdate]]) -> Stack:
         raise ValueError(f"updates of one module differ in shape: {shapes}")
     # Every task has a column, so that R = K only where all ranks are 1, and coefficients per task and per
     # singular direction cannot be taken for each other.
-    updates = [(name, _zero_direction(u) if u.rank == 0 else u) for name, u in updates]
-    return Stack(
-        torch.cat([u.columns for _, u in updates], dim=1),
-        torch.cat([u.basis for _, u in updates], dim=0),
-        tuple(name for name, _ in updates),
-        tuple(u.rank for _, u in updates),
-    )
+    return [(name, _zero_direction(u) if u.rank == 0 else u) for name, u in updates]
 
 
 def _zero_direction(update: LowRankUpdate) -> LowRankUpdate:

@@ -10,13 +10,13 @@ factors) may be applied to the cores M_k instead of the updates D_k, without any
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..factors import LowRankUpdate, canonical, row_basis
+from ..factors import LowRankUpdate, canonical, gathered, row_basis, times_in_place
 
 __all__ = ["RTOL", "Core", "compress", "energy_notice", "joint_core", "pairs_of", "polar", "product", "svd"]
 
@@ -60,20 +60,26 @@ class Core:
         return min(total, self.shape[0]) * min(total, self.shape[1])
 
     def embed(self, matrix: Tensor) -> LowRankUpdate:
-        """``U M V`` as an update: with orthonormal U and V only the small M is decomposed."""
+        """``U M V`` as an update: with orthonormal U and V only the small M is decomposed.
+
+        The update takes the memory of the bases: the core cannot be used again.
+        """
         left, s, right = svd(matrix)
-        return LowRankUpdate(self.left @ (left * s), right @ self.right, s)
+        columns = times_in_place(self.left, left * s)
+        return LowRankUpdate(columns, times_in_place(self.right.T, right.T).T, s)
 
 
-def joint_core(factors: Mapping[str, Factors]) -> Core:
-    """Joint bases and cores of ``task -> (down, up)``; cost ``O((d_in + d_out) R^2)``.
+def joint_core(factors: Mapping[str, Factors], scales: Sequence[float] | None = None) -> Core:
+    """Joint bases and cores of ``task -> (down, scale * up)``; cost ``O((d_in + d_out) R^2)``.
+
+    Each side is stacked and decomposed in the memory of its basis, one after the other.
 
     The bases are those of the singular value decompositions of the two stacks, which rules that look at
     single entries need (up to signs); for all others any orthonormal bases would do.
     """
     ranks = {task: down.shape[0] for task, (down, _) in factors.items()}
-    right, down = row_basis(torch.cat([down for down, _ in factors.values()]), rtol=RTOL)
-    left, up = row_basis(torch.cat([up for _, up in factors.values()], dim=1).T, rtol=RTOL)
+    right, down = row_basis(gathered([d for d, _ in factors.values()]), rtol=RTOL, overwrite=True)
+    left, up = row_basis(gathered([u.T for _, u in factors.values()], scales), rtol=RTOL, overwrite=True)
     counts = list(ranks.values())
     pairs = zip(ranks, up.split(counts), down.split(counts), strict=True)
     return Core(left.T, right, {task: b.T @ a for task, b, a in pairs}, ranks)

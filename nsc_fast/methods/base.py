@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError
-from ..factors import LowRankUpdate
+from ..factors import LowRankUpdate, weighted_sum
 from ..parameters import Strict
 from ..result import MergeResult
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MergeInputs",
     "Method",
+    "ScaledFactors",
     "equal_ranks",
     "factors_at",
     "linear_result",
@@ -98,15 +99,16 @@ def linear_result(
     Args:
         coefficients: module path -> ``(K_m,)`` or ``(R_m,)`` in the order of the module's stack.
     """
-    from ..layers import stack_adapters
-
-    stacks = stack_adapters(inputs.updates)
+    own = {
+        module: [(task, updates[module]) for task, updates in inputs.updates.items() if module in updates]
+        for module in dict.fromkeys(m for updates in inputs.updates.values() for m in updates)
+    }
     return MergeResult(
         method=name,
         tasks=inputs.tasks,
-        updates={module: stacked.merged(coefficients[module]) for module, stacked in stacks.items()},
+        updates={module: weighted_sum(named, coefficients[module]) for module, named in own.items()},
         coefficients=coefficients,
-        stack_tasks={module: stacked.tasks for module, stacked in stacks.items()},
+        stack_tasks={module: tuple(task for task, _ in named) for module, named in own.items()},
         parameters=parameters.model_dump(mode="json"),
         **more,
     )
@@ -171,10 +173,40 @@ def updates_at(inputs: MergeInputs, module: str) -> dict[str, LowRankUpdate]:
     }
 
 
-def factors_at(
-    inputs: MergeInputs, module: str, *, fold: Literal["up", "split"]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Task -> the adapter's own ``(down, up)`` of one module in float64, scale and weight inside.
+@dataclass(frozen=True)
+class ScaledFactors:
+    """An adapter's own ``(down, up)`` at one module and their scales, converted only where they are read.
+
+    Attributes:
+        down, up: A, ``(r, d_in)``, and B, ``(d_out, r)``, as the adapter has them.
+        down_scale, up_scale: what each is to be multiplied with.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_scale: float
+    up_scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def read_down(self) -> Tensor:
+        """A times its scale, in float64."""
+        return _times(self.down, self.down_scale)
+
+    def read_up(self) -> Tensor:
+        """B times its scale, in float64."""
+        return _times(self.up, self.up_scale)
+
+
+def _times(matrix: Tensor, scale: float) -> Tensor:
+    matrix = matrix.detach().to(torch.float64)
+    return matrix if scale == 1.0 else matrix * scale
+
+
+def factors_at(inputs: MergeInputs, module: str, *, fold: Literal["up", "split"]) -> dict[str, ScaledFactors]:
+    """Task -> the adapter's own factors of one module, with the scales that hold scaling and weight.
 
     Args:
         fold: where ``w_k s_k`` goes: "up", into B; "split", its square root into each and the sign into B.
@@ -182,7 +214,7 @@ def factors_at(
     Raises:
         MergeError: the tasks' updates differ in shape, or the adapters' factors were not given.
     """
-    own: dict[str, tuple[Tensor, Tensor]] = {}
+    own: dict[str, ScaledFactors] = {}
     for task, updates in inputs.updates.items():
         if module not in updates:
             continue
@@ -193,23 +225,20 @@ def factors_at(
             )
         factors = inputs.factors[task][module]
         scale = factors.scaling * inputs.weights.get(task, 1.0)
-        down, up = factors.down.detach().to(torch.float64), factors.up.detach().to(torch.float64)
-        if fold == "up":
-            own[task] = down, up * scale
-        else:
-            root = abs(scale) ** 0.5
-            own[task] = down * root, up * (root if scale >= 0 else -root)
-    _same_shape(module, {task: (up.shape[0], down.shape[1]) for task, (down, up) in own.items()})
+        root = abs(scale) ** 0.5
+        scales = (1.0, scale) if fold == "up" else (root, root if scale >= 0 else -root)
+        own[task] = ScaledFactors(factors.down, factors.up, *scales)
+    _same_shape(module, {task: (f.up.shape[0], f.down.shape[1]) for task, f in own.items()})
     return own
 
 
-def equal_ranks(method: str, module: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+def equal_ranks(method: str, module: str, factors: Mapping[str, ScaledFactors]) -> int:
     """The rank that all adapters share at a module.
 
     Raises:
         MergeError: they differ; names the adapters.
     """
-    ranks = {task: down.shape[0] for task, (down, _) in factors.items()}
+    ranks = {task: own.rank for task, own in factors.items()}
     if len(set(ranks.values())) > 1:
         told = ", ".join(f"{task!r} has {rank}" for task, rank in ranks.items())
         raise MergeError(

@@ -9,7 +9,7 @@ updates. ``space="knots"`` and ``space="full"`` apply the rules to the right sin
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +17,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..factors import LowRankUpdate
+from ..factors import LowRankUpdate, embedded
 from ..result import MergeResult
 from . import spectral
-from .algebra import Core, compress, energy_notice, joint_core, pairs_of, product
+from .algebra import Core, compress, energy_notice, joint_core, pairs_of
 from .base import MergeInputs, Method, factors_at, modules_of, plain_result, updates_at
 from .elementwise import Drop, Election, Entries, merged
 from .knots_ties import align
@@ -62,11 +62,11 @@ class Parameters(Election):
 
 
 def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
-    spaces = {module: _space(inputs, module, parameters) for module in modules_of(inputs)}
     updates, kept = {}, {}
-    for module, matrix in _merged(inputs, spaces, parameters):
-        space = spaces[module]
-        updates[module], kept[module] = space.embed(parameters.scaling * matrix)
+    for module in modules_of(inputs):
+        space = _space(inputs, module, parameters)
+        matrix = _merged(inputs, module, space, parameters).mul_(parameters.scaling)
+        updates[module], kept[module] = space.embed(matrix)
         if parameters.isotropic:
             updates[module] = spectral.isotropic(updates[module], space.isotropic_side)
     dense = parameters.space == "full" and _elementwise(parameters)
@@ -83,7 +83,8 @@ class _Space:
         side: number of singular values that a matrix has, which CART's rank refers to.
         isotropic_side: number of singular values that the mean of Iso-C runs over.
         quotas: of TSV.
-        embed: merged matrix -> update, and the share of energy kept.
+        embed: merged matrix -> update, and the share of energy kept; both the matrix and the bases of the
+            space are lost.
     """
 
     entries: Mapping[str, Entries]
@@ -110,7 +111,9 @@ def _space(inputs: MergeInputs, module: str, parameters: Parameters) -> _Space:
         side = min(shape)
         return _Space(entries, side, side, [], lambda matrix: compress(matrix, parameters.max_rank))
     if _elementwise(parameters):
-        core = joint_core(factors_at(inputs, module, fold="up"))
+        own = factors_at(inputs, module, fold="up")
+        scales = [factors.up_scale for factors in own.values()]
+        core = joint_core({task: (factors.down, factors.up) for task, factors in own.items()}, scales)
     else:
         core = joint_core(pairs_of(updates_at(inputs, module)))
     # Rules on singular values are the same in the full space; only their counts refer to another size.
@@ -138,19 +141,18 @@ def _knots_space(updates: dict[str, LowRankUpdate]) -> _Space:
         min(left.shape[1], shape[1]),
         min(shape),
         spectral.quotas({task: update.rank for task, update in updates.items()}, shape),
-        lambda matrix: (product(left * scale, matrix), 1.0),
+        lambda matrix: (embedded(left, matrix.mul_(scale[:, None])), 1.0),
     )
 
 
-def _merged(
-    inputs: MergeInputs, spaces: Mapping[str, _Space], parameters: Parameters
-) -> Iterator[tuple[str, Tensor]]:
-    if _elementwise(parameters):
-        drop = Drop(parameters.drop, inputs.seed) if parameters.rule == "dare_ties" else None
-        yield from merged({module: space.entries for module, space in spaces.items()}, parameters, drop)
-        return
-    for module, space in spaces.items():
-        yield module, _spectral(space, parameters)
+def _merged(inputs: MergeInputs, module: str, space: _Space, parameters: Parameters) -> Tensor:
+    """The rule's matrix, in memory of its own."""
+    if not _elementwise(parameters):
+        return _spectral(space, parameters)
+    drop = Drop(parameters.drop, inputs.seed) if parameters.rule == "dare_ties" else None
+    # Thresholds are those of a module, so that modules need not be there together.
+    ((_, matrix),) = merged({module: space.entries}, parameters, drop)
+    return matrix
 
 
 def _spectral(space: _Space, parameters: Parameters) -> Tensor:

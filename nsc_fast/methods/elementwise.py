@@ -35,6 +35,8 @@ __all__ = [
 
 # Entries of one task in memory at a time.
 _BLOCK = 1 << 15
+# Parts of a block that are joined over the tasks one by one.
+_PARTS = 4
 # A sum this small beside its terms is rounding: opposite updates are equal only up to that.
 _CANCELLED = 1e-10
 
@@ -174,9 +176,15 @@ def _assemble(
 ) -> Tensor:
     """Joins the tasks block by block."""
     first = next(iter(own.values()))
-    if first.shape[0] == 0:
-        return first.rows(0, 0)
-    return torch.cat([join(block) for block in _stacked(own, cuts, module, drop)])
+    out = first.left.new_empty(first.shape)
+    start = 0
+    for block in _stacked(own, cuts, module, drop):
+        # The rules make several temporaries of the size of what they are given: a part of a block.
+        for part in block.split(max(block.shape[1] // _PARTS, 1), dim=1):
+            stop = start + part.shape[1]
+            out[start:stop] = join(part)
+            start = stop
+    return out
 
 
 def _stacked(
@@ -184,15 +192,17 @@ def _stacked(
 ) -> Iterator[Tensor]:
     """Blocks ``(K, rows, width)`` of all tasks, trimmed and dropped."""
     for start, stop in blocks(next(iter(own.values()))):
-        parts = []
-        for task, entries in own.items():
+        stacked = None
+        for i, (task, entries) in enumerate(own.items()):
             block = _read(entries, task, module, start, stop, drop)
             if (cut := cuts.get((task, module))) is not None:
                 block = torch.where(block.abs() >= cut, block, 0.0)
             if drop is not None and drop.after_trim:
                 block = drop.apply(block, task, module, start)
-            parts.append(block)
-        yield torch.stack(parts)
+            if stacked is None:
+                stacked = block.new_empty(len(own), *block.shape)
+            stacked[i] = block
+        yield stacked
 
 
 def _read(entries: Entries, task: str, module: str, start: int, stop: int, drop: Drop | None) -> Tensor:

@@ -7,12 +7,11 @@ product of its block with Q_k: a matrix as small as the ranks instead of one as 
 update is ``U P`` as it stands, of rank at most ``sum r_k``.
 """
 
-import torch
 from torch import Tensor
 
-from ..factors import LowRankUpdate, row_basis
+from ..factors import LowRankUpdate, embedded, gathered, row_basis
 from ..result import MergeResult
-from .algebra import RTOL, product
+from .algebra import RTOL
 from .base import MergeInputs, Method, modules_of, plain_result, updates_at
 from .elementwise import Drop, Election, Entries, merged
 
@@ -39,13 +38,14 @@ def merge(name: str, inputs: MergeInputs, parameters: Parameters, drop: Drop | N
         if parameters.majority_sign == "frequency":
             # Counting signs depends on the arbitrary signs of the singular vectors; summing values does not.
             signs = orientation(module, left[module])
-            left[module] = left[module] * signs
+            left[module] *= signs
             aligned[module] = {
                 task: Entries(signs[:, None] * entries.left, entries.right)
                 for task, entries in aligned[module].items()
             }
+    # The factors of the update take the memory of U and of the merged P.
     updates = {
-        module: product(parameters.scaling * left[module], matrix)
+        module: embedded(left.pop(module), matrix.mul_(parameters.scaling))
         for module, matrix in merged(aligned, parameters, drop)
     }
     return plain_result(name, inputs, parameters, updates)
@@ -57,8 +57,8 @@ def align(updates: dict[str, LowRankUpdate]) -> tuple[Tensor, dict[str, Entries]
     Singular values below a fixed part of the largest are dropped, so that the rule does not depend on the
     scale of the updates.
     """
-    columns = torch.cat([update.columns for update in updates.values()], dim=1)
-    left, right = row_basis(columns.T, rtol=RTOL)
+    columns = gathered([update.columns.T for update in updates.values()])
+    left, right = row_basis(columns, rtol=RTOL, overwrite=True)
     parts = right.split([update.rank for update in updates.values()])
     named = zip(updates.items(), parts, strict=True)
     return left.T, {task: Entries(part.T, update.basis) for (task, update), part in named}
@@ -66,8 +66,9 @@ def align(updates: dict[str, LowRankUpdate]) -> tuple[Tensor, dict[str, Entries]
 
 def orientation(module: str, left: Tensor) -> Tensor:
     """Signs that make the largest entry of each left singular vector positive."""
-    largest = left.gather(0, left.abs().argmax(0, keepdim=True)).squeeze(0)
-    return torch.where(largest >= 0, 1.0, -1.0).to(left.dtype)
+    # Column by column: the magnitudes of all are as large as U.
+    largest = [column[column.abs().argmax()] for column in left.T]
+    return left.new_tensor([1.0 if entry >= 0 else -1.0 for entry in largest])
 
 
 METHOD = Method(

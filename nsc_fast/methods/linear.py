@@ -21,8 +21,8 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
     for module in modules_of(inputs):
         factors = factors_at(inputs, module, fold="split")
         equal_ranks("linear", module, factors)
-        down = sum(down for down, _ in factors.values())
-        up = sum(up for _, up in factors.values())
+        down = sum(own.read_down() for own in factors.values())
+        up = sum(own.read_up() for own in factors.values())
         updates[module] = product(parameters.scaling * up, down)
     return plain_result("linear", inputs, parameters, updates)
 

@@ -108,12 +108,12 @@ def run(inputs: MergeInputs, parameters: Parameters) -> ReversibleResult:
         rank = equal_ranks("reversible", module, factors)
         components = _components(rank, len(factors), parameters)
         store[module] = (
-            compress(torch.stack([down.T for down, _ in factors.values()]), components),
-            compress(torch.stack([up for _, up in factors.values()]), components),
+            compress(torch.stack([own.read_down().T for own in factors.values()]), components),
+            compress(torch.stack([own.read_up() for own in factors.values()]), components),
         )
         order[module] = tuple(factors)
         kept += sum(part.values for part in store[module])
-        whole += sum(down.numel() + up.numel() for down, up in factors.values())
+        whole += sum(own.down.numel() + own.up.numel() for own in factors.values())
     return ReversibleResult(
         method="reversible",
         tasks=inputs.tasks,

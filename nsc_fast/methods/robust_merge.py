@@ -9,6 +9,7 @@ the 2 to both factors, so that its lambda is 4, and first lifts the smaller scal
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -42,21 +43,32 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
     for module in modules_of(inputs):
         factors = factors_at(inputs, module, fold="split")
         equal_ranks("robust_merge", module, factors)
-        down, up = merge_factors(list(factors.values()), parameters)
+        down, up = merge_factors(
+            (own.read_down() for own in factors.values()),
+            (own.read_up() for own in factors.values()),
+            parameters,
+        )
         updates[module] = product(up, down)
     return plain_result("robust_merge", inputs, parameters, updates)
 
 
-def merge_factors(factors: list[tuple[Tensor, Tensor]], parameters: Parameters) -> tuple[Tensor, Tensor]:
-    """Merged ``(down, up)`` of one module."""
-    pruned = [(_prune(a, parameters.density), _prune(b, parameters.density)) for a, b in factors]
-    pairs = zip(factors, pruned, strict=True)
-    scales = torch.stack([_row_scales(a, kept) for (a, _), (kept, _) in pairs])
-    if parameters.rule == "code":
-        scales = torch.stack([_lift(row, parameters.clamp) for row in scales])
-    share = scales / scales.sum(0)
-    down = sum(a for a, _ in pruned)
-    up = sum(b * part for (_, b), part in zip(pruned, share, strict=True))
+def merge_factors(
+    downs: Iterable[Tensor], ups: Iterable[Tensor], parameters: Parameters
+) -> tuple[Tensor, Tensor]:
+    """Merged ``(down, up)`` of one module.
+
+    The tasks' factors are read one after another, and no more than one is held: first every A, whose pruning
+    gives the scales, then every B.
+    """
+    down, scales = None, []
+    for full in downs:
+        kept = _prune(full, parameters.density)
+        scale = _row_scales(full, kept)
+        scales.append(_lift(scale, parameters.clamp) if parameters.rule == "code" else scale)
+        down = kept if down is None else down + kept
+    share = torch.stack(scales)
+    share = share / share.sum(0)
+    up = sum(_prune(full, parameters.density) * part for full, part in zip(ups, share, strict=True))
     outer = parameters.scaling**2 if parameters.rule == "code" else parameters.scaling
     return down, outer * up
 

@@ -30,12 +30,15 @@ def task_singular_vectors(matrices: Sequence[Tensor], quotas: Sequence[int]) -> 
 
 
 def isotropic(update: LowRankUpdate, count: int) -> LowRankUpdate:
-    """Iso-C (Marczak et al., 2025): all singular values replaced by their mean over ``count`` of them."""
+    """Iso-C (Marczak et al., 2025): all singular values replaced by their mean over ``count`` of them.
+
+    The columns take the memory of those of ``update``, which is lost.
+    """
     s = update.singular_values
     keep = int((s > RTOL * s.max()).sum()) if s.numel() else 0
     mean = s.sum() / max(count, 1)
     return LowRankUpdate(
-        update.columns[:, :keep] * (mean / s[:keep]),
+        update.columns[:, :keep].mul_(mean / s[:keep]),
         update.basis[:keep],
         torch.full_like(s[:keep], mean.item()),
     )

@@ -218,7 +218,8 @@ def test_core_bases_and_matrices():
     recorded = golden("core_core_tv_main")
     inputs = inputs_of(golden_raw("main"))
     for module in ("down", "q", "up", "v"):
-        core = joint_core(factors_at(inputs, module, fold="up"))
+        own = factors_at(inputs, module, fold="up")
+        core = joint_core({task: (f.read_down(), f.read_up()) for task, f in own.items()})
         u, v = recorded[f"{module}/U_B_ref"], recorded[f"{module}/Vh_A_ref"]
         left, right = (core.left * u).sum(0).sign(), (core.right * v).sum(1).sign()
         assert error(core.left * left, u) <= 1e-4

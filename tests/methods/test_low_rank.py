@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from method_inputs import dense, error, inputs_of, merge, random_raw
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsc_fast import methods
@@ -147,6 +148,71 @@ def test_nothing_dense_is_formed(case):
         result = method.run(inputs, parameters)
     assert seen.numel < width * width / 20
     assert all(update.rank <= 12 for update in result.updates.values())
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """One module of the size that the goal for memory is set for."""
+    raw = random_raw({f"task{k}": 16 for k in range(6)}, {"m": (4096, 4096)}, scaling=2.0)
+    halves = {t: {m: (a.float(), b.float(), s) for m, (a, b, s) in own.items()} for t, own in raw.items()}
+    return inputs_of(halves)
+
+
+WIDE = [
+    *[(name, {}) for name, more in LOW_RANK if not more and name != "reversible"],
+    ("knots_dare_ties", {}),
+    ("knots_ties", {"majority_sign": "frequency", "combine": "max"}),
+    *[("core_space", {"rule": rule}) for rule in ("sum", "mean", "tsv", "cart", "ties", "dare_ties")],
+    ("core_space", {"rule": "sum", "isotropic": True}),
+    ("core_space", {"rule": "ties", "space": "knots"}),
+]
+
+
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
+def test_extra_memory_is_below_a_twentieth_of_a_dense_update(wide, case):
+    """Beside the inputs and the result; stacks of all factors of one side are a fortieth each."""
+    method = methods.get(case[0])
+    parameters = method.parameters(**case[1])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        update = method.run(wide, parameters).updates["m"]
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    result = sum(t.numel() for t in (update.columns, update.basis, update.singular_values))
+    assert result < peak / 8 < result + 4096 * 4096 / 20
+
+
+IN_PLACE = [
+    *LOW_RANK,
+    ("knots_ties", {"majority_sign": "frequency"}),
+    *[
+        ("core_space", {"rule": rule, "space": space, "isotropic": True})
+        for rule in ("sum", "tsv", "ties")
+        for space in ("knots", "full")
+    ],
+]
+
+
+@pytest.mark.parametrize("case", IN_PLACE, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
+def test_the_inputs_stay_as_they_are(case):
+    """Methods reuse memory for their results, but never that of the adapters; also with a single one."""
+    for ranks in ({"x": 4, "y": 4, "z": 4}, {"x": 4}):
+        inputs = inputs_of(random_raw(ranks, SHAPES, seed=14))
+        own = [
+            tensor
+            for task in inputs.tasks
+            for m in SHAPES
+            for part in (inputs.updates[task][m], inputs.factors[task][m])
+            for tensor in vars(part).values()
+            if isinstance(tensor, torch.Tensor)
+        ]
+        before = [tensor.clone() for tensor in own]
+        method = methods.get(case[0])
+        method.run(inputs, method.parameters(**case[1]))
+        assert len(own) == 10 * len(ranks)
+        assert all(map(torch.equal, own, before))
 
 
 def test_dense_methods_are_read_in_blocks():

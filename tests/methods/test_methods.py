@@ -115,7 +115,8 @@ def test_robust_merge_survives_a_row_that_is_pruned_away():
     raw = random_raw({"x": 4, "y": 4}, {"m": (9, 12)}, seed=5)
     for a, _, _ in (raw["x"]["m"], raw["y"]["m"]):
         a[1] *= 1e-6
-    down, up = merge_factors([(a, b) for a, b, _ in (own["m"] for own in raw.values())], Parameters())
+    downs, ups = zip(*((a, b) for a, b, _ in (own["m"] for own in raw.values())), strict=True)
+    down, up = merge_factors(downs, ups, Parameters())
     assert torch.isfinite(down).all() and torch.isfinite(up).all()
     assert down[1].abs().max() == 0
 
@@ -132,8 +133,8 @@ def test_robust_merge_by_the_paper(raw):
     """No lifted scales, and lambda once."""
     code = methods.get("robust_merge").parameters(clamp=1.0)
     paper = methods.get("robust_merge").parameters(rule="paper")
-    factors = [(a, b) for a, b, _ in (own["m"] for own in raw.values())]
-    first, second = merge_factors(factors, code), merge_factors(factors, paper)
+    downs, ups = zip(*((a, b) for a, b, _ in (own["m"] for own in raw.values())), strict=True)
+    first, second = merge_factors(downs, ups, code), merge_factors(downs, ups, paper)
     assert error(2.0 * second[1] @ second[0], first[1] @ first[0]) <= 1e-12
 
 
