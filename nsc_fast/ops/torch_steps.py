@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..reference import TINY
 
-# Rows are handled in blocks of about this size: what one product has read is still in a shared cache when
-# the next one needs it.
-_BLOCK_BYTES = 16 << 20
+# Rows are handled in blocks of about this size, which bounds the wide copies of half-precision input. Large
+# blocks: every product waits for all cores, and on a busy machine each wait is long.
+_BLOCK_BYTES = 64 << 20
 
 # A product with few columns (or few terms) is spread over the cores by rows, a tile each: splitting inside
 # the product is up to a third slower at ranks 16 to 64.
