@@ -32,7 +32,7 @@ from .launch import (
     rows,
     vector,
 )
-from .ratio_terms import scale_of
+from .ratio_terms import load_scales
 from .reduce import reduce_partials
 
 
@@ -81,22 +81,13 @@ def _finish(
         segment = tl.load(segment_ptr + r, mask=r_ok, other=-1)[None, :]
         if OWN:
             for s in tl.static_range(COLUMNS):
-                t, _ = _scales(a_ptr, omega_ptr, token * COLUMNS + s, n_ok & (task >= 0), norm2, clamp)
+                t, _ = load_scales(a_ptr, omega_ptr, token * COLUMNS + s, n_ok & (task >= 0), norm2, clamp)
                 dp -= tl.where(segment == (task + s * num_tasks)[:, None], t[:, None], 0.0) * p
         else:
             for k in range(COLUMNS):
-                t, _ = _scales(a_ptr, omega_ptr, token * COLUMNS + k, n_ok, norm2, clamp)
+                t, _ = load_scales(a_ptr, omega_ptr, token * COLUMNS + k, n_ok, norm2, clamp)
                 dp -= tl.where(segment == k, t[:, None], 0.0) * p
     tl.store(dp_ptrs, dp.to(dp_ptrs.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _scales(a_ptr, omega_ptr, at, mask, norm2, clamp):
-    """t and t u of one column of the ratio; 0 where masked."""
-    a = tl.load(a_ptr + at, mask=mask, other=0.0)
-    omega = tl.load(omega_ptr + at, mask=mask, other=1.0)
-    t = scale_of(a, omega, norm2, clamp)
-    return t, t * (1.0 - omega * omega)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "task_id"])
@@ -167,7 +158,7 @@ def coefficient_grads_kernel(
         )
     else:
         hs = ()
-        for _ in tl.static_range(PARTS):
+        for _part in tl.static_range(PARTS):
             hs = hs + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
 
     token = first + n
@@ -181,7 +172,7 @@ def coefficient_grads_kernel(
         row_scale = tl.zeros((BLOCK_N,), tl.float32)
         row_ok = n_ok & (task >= 0) if OWN else n_ok
         for column in range(COLUMNS):
-            _, tu = _scales(a_ptr, omega_ptr, token * COLUMNS + column, row_ok, norm2, clamp32)
+            _, tu = load_scales(a_ptr, omega_ptr, token * COLUMNS + column, row_ok, norm2, clamp32)
             row_scale += tu
         tl.store(row_scale_ptr + token, row_scale, mask=n_ok)
 

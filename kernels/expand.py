@@ -2,7 +2,7 @@
 
     out (+)= (x * scale) M + row_scale z + bias          (N, d)  dtype of x
 
-x (N, R), M (R, d), scale (R,) float32, row_scale (N,) float32, z (N, d), bias (d,). Two steps of a merged
+x (N, R), M (R, d), z (N, d); scale (R,), row_scale (N,), bias (d,) float32. Two steps of a merged
 layer are this one program:
 
     input_gradient     dZ = dP Q + row_scale Z                 x = dP, M = Q
@@ -40,7 +40,7 @@ def expand_kernel(
     x_ptr,  # (N, R)
     m_ptr,  # (R, d), any strides
     scale_ptr,  # (R,) float32, or None
-    bias_ptr,  # (d,) dtype of x, or None
+    bias_ptr,  # (d,) float32, or None
     row_scale_ptr,  # (N,) float32, or None
     z_ptr,  # (N, d), with row_scale
     out_ptr,  # (N, d)
@@ -108,7 +108,7 @@ def expand_kernel(
             z = tl.load(z_ptrs + shift, mask=nd_ok, other=0.0)
             acc += row_scale[:, None] * z.to(tl.float32)
         if bias_ptr is not None:
-            acc += tl.load(bias_ptr + d + shift, mask=d_ok, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias_ptr + d + shift, mask=d_ok, other=0.0)[None, :]
         if ACCUMULATE:
             acc += tl.load(out_ptrs + shift, mask=nd_ok, other=0.0).to(tl.float32)
         tl.store(out_ptrs + shift, acc.to(out_ptr.dtype.element_ty), mask=nd_ok)
@@ -133,7 +133,7 @@ def expand(
         x: (N, R) bfloat16, float16 or float32; any row stride; R <= 512.
         m: (R, d), dtype of x; any strides, so C.T needs no copy.
         scale: (R,), multiplies the columns of x.
-        bias: (d,).
+        bias: (d,); float32 saves a conversion (as 16-bit numbers it would cost bank conflicts).
         row_scale, z: (N,) and (N, d), both or neither.
         out: (N, d) with unit stride along d; made if None.
         accumulate: add to what out holds.
@@ -161,7 +161,9 @@ def expand(
         raise ValueError("out must have unit stride along its last dimension")
     if choice is None:
         target = current_target(x.device)
-        choice = expand_choice(rank, x.dtype, target, aligned=is_aligned(out))
+        bare = z is None and bias is None and not accumulate
+        step = "low_rank_output" if bare else "input_gradient"
+        choice = expand_choice(rank, x.dtype, target, step=step, aligned=is_aligned(out))
     if num_tokens and dim:
         x, m = rows(x), matrix(m)
         z = None if z is None else rows(z)
@@ -171,7 +173,7 @@ def expand(
                 x,
                 m,
                 vector(scale, torch.float32),
-                vector(bias, x.dtype),
+                vector(bias, torch.float32),
                 vector(row_scale, torch.float32),
                 z,
                 out,

@@ -135,10 +135,10 @@ def _project_float32(r: int, target: str, ratio: bool) -> Launch:
 
 
 def expand_choice(
-    rank: int, dtype: torch.dtype, target: str, *, ratio: bool = False, aligned: bool = True
+    rank: int, dtype: torch.dtype, target: str, *, step: str = "input_gradient", aligned: bool = True
 ) -> Launch:
-    """Choice for ``expand`` and (``ratio``) ``ratio_backward``. A program keeps at most 128 columns; larger
-    ranks are walked in steps of block_r."""
+    """Choice for ``expand`` as "input_gradient" or "low_rank_output" (which adds nothing to the product),
+    and for "ratio_backward". A program keeps at most 128 columns; larger ranks go in steps of block_r."""
     r, f = rank_bin(rank), family(target)
     if dtype == torch.float32:
         if f == "cdna":
@@ -146,9 +146,11 @@ def expand_choice(
         return Launch(32, 64, 32 if r == 32 else 16, 4, 2, tiles=4)
     if f == "other" or not aligned:
         return Launch(32, 32, min(r, 128), 4, 2, tiles=8)
+    if f == "hopper" and r == 128 and step == "low_rank_output":
+        return Launch(256, 32, 128, 8, 2, tiles=16, maxnreg=128)
+    if f == "ampere" and r == 128 and step == "ratio_backward":
+        return Launch(64, 64, 128, 4, 2, tiles=8)
     if f in ("hopper", "blackwell"):
-        if ratio and r == 128:
-            return Launch(64, 64, 128, 4, 2, tiles=8)
         maxnreg = 128 if r <= 128 else None
         return Launch(128, 64, min(r, 128), 8, 3 if r <= 64 else 2, tiles=8, maxnreg=maxnreg)
     if f == "ampere" and r <= 128:

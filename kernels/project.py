@@ -151,7 +151,7 @@ def project_kernel(
             else:
                 task = tl.where(n_ok, tl.cast(task_id, tl.int32), -1)
             for s in tl.static_range(SIBLINGS):
-                own = tl.where(task >= 0, task + s * num_tasks, -2)[:, None]
+                own = (task + s * num_tasks)[:, None]
                 energy = _energy(accs, segment_ptr, own, r, rank, BLOCK_N, BLOCK_R, PARTS)
                 omega = tl.where(task >= 0, omega_of(energy, norm2, clamp32), 1.0)
                 tl.store(omega_ptr + (first + n) * SIBLINGS + s, omega, mask=n_ok)

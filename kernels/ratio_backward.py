@@ -27,7 +27,7 @@ from .launch import (
     rows,
     vector,
 )
-from .ratio_terms import scale_of
+from .ratio_terms import load_scales
 
 
 @triton.jit(do_not_specialize=["num_tokens", "task_id"])
@@ -54,7 +54,6 @@ def ratio_backward_kernel(
     clamp,
     OWN: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -74,38 +73,36 @@ def ratio_backward_kernel(
     clamp32 = tl.cast(clamp, tl.float32)
     norm2 = tl.load(norm2_ptr + first + n, mask=n_ok, other=0.0)
     segment = tl.load(segment_ptr + r, mask=r_ok, other=-1)
-    row_scale = tl.zeros((BLOCK_N,), tl.float32)
-    t_top = tl.zeros((BLOCK_N,), tl.float32)
-    t_nr = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    row_ok = n_ok
     if OWN:
         if task_ptr is not None:
             task = tl.load(task_ptr + first + n, mask=n_ok, other=-1)
         else:
             task = tl.zeros((BLOCK_N,), tl.int32) + tl.cast(task_id, tl.int32)
+        row_ok = n_ok & (task >= 0)
+    row_scale = tl.zeros((BLOCK_N,), tl.float32)
+    t_top = tl.zeros((BLOCK_N,), tl.float32)
+    for column in range(COLUMNS):
+        t, tu = load_scales(a_ptr, omega_ptr, (first + n) * COLUMNS + column, row_ok, norm2, clamp32)
+        row_scale += tu
+        t_top = tl.maximum(t_top, tl.abs(t))
+
+    # x = -(t / t_top) P on the columns of each segment. A token's largest |t| is kept out of x: t is often
+    # far below what float16 can hold, and with a single segment x is then P itself, not rounded once more.
+    p_ptrs = p_ptr + first * stride_pn + n[:, None] * stride_pn + r[None, :]
+    p = tl.load(p_ptrs, mask=n_ok[:, None] & r_ok[None, :], other=0.0)
+    x = tl.zeros((BLOCK_N, BLOCK_R), q_ptr.dtype.element_ty)
+    below = 1.0 / tl.where(t_top == 0.0, 1.0, t_top)
+    if OWN:
         for s in tl.static_range(COLUMNS):
-            at = (first + n) * COLUMNS + s
-            a = tl.load(a_ptr + at, mask=n_ok & (task >= 0), other=0.0)
-            omega = tl.load(omega_ptr + at, mask=n_ok, other=1.0)
-            t = scale_of(a, omega, norm2, clamp32)
-            row_scale += t * (1.0 - omega * omega)
-            t_top = tl.maximum(t_top, tl.abs(t))
+            t, _tu = load_scales(a_ptr, omega_ptr, (first + n) * COLUMNS + s, row_ok, norm2, clamp32)
             mine = segment[None, :] == (task + s * num_tasks)[:, None]
-            t_nr += tl.where(mine, t[:, None], 0.0)
+            x = tl.where(mine, (p.to(tl.float32) * (-t * below)[:, None]).to(x.dtype), x)
     else:
         for k in range(COLUMNS):
-            at = (first + n) * COLUMNS + k
-            a = tl.load(a_ptr + at, mask=n_ok, other=0.0)
-            omega = tl.load(omega_ptr + at, mask=n_ok, other=1.0)
-            t = scale_of(a, omega, norm2, clamp32)
-            row_scale += t * (1.0 - omega * omega)
-            t_top = tl.maximum(t_top, tl.abs(t))
-            t_nr += tl.where((segment == k)[None, :], t[:, None], 0.0)
-    # A token's largest |t| is kept out of x: t is often far below what float16 can hold, and with a single
-    # segment x is then P itself, not rounded once more.
-    share = t_nr / tl.where(t_top == 0.0, 1.0, t_top)[:, None]
-    p_ptrs = p_ptr + first * stride_pn + n[:, None] * stride_pn + r[None, :]
-    p = tl.load(p_ptrs, mask=n_ok[:, None] & r_ok[None, :], other=0.0).to(tl.float32)
-    x = (-share * p).to(q_ptr.dtype.element_ty)
+            t, _tu = load_scales(a_ptr, omega_ptr, (first + n) * COLUMNS + k, row_ok, norm2, clamp32)
+            mine = (segment == k)[None, :]
+            x = tl.where(mine, (p.to(tl.float32) * (-t * below)[:, None]).to(x.dtype), x)
 
     z_ptrs = z_ptr + first * stride_zn + n[:, None] * stride_zn + d[None, :]
     q_ptrs = q_ptr + r[:, None].to(tl.int64) * stride_qr + d[None, :].to(tl.int64) * stride_qd
@@ -119,8 +116,6 @@ def ratio_backward_kernel(
         z = tl.load(z_ptrs + shift, mask=nd_ok, other=0.0)
         acc = tl.dot(x, q, input_precision=PRECISION) * t_top[:, None]
         acc += row_scale[:, None] * z.to(tl.float32)
-        if ACCUMULATE:
-            acc += tl.load(dz_ptrs + shift, mask=nd_ok, other=0.0).to(tl.float32)
         tl.store(dz_ptrs + shift, acc.to(dz_ptr.dtype.element_ty), mask=nd_ok)
 
 
@@ -138,17 +133,16 @@ def ratio_backward(
     siblings: int = 1,
     clamp: float = 0.0,
     out: Tensor | None = None,
-    accumulate: bool = False,
     precision: str = "ieee",
     choice: Launch | None = None,
 ) -> Tensor:
-    """dZ (+)= the gradient of the ratio; (N, d), dtype of z.
+    """dZ of the ratio; (N, d), dtype of z.
 
     Args:
         z, q, segment, num_segments, task, siblings, clamp: as given to ``project``.
         p, norm2, omega: as ``project`` returned them.
         grad_omega: dL/domega, shaped like omega.
-        out: (N, d) with unit stride along d; made if None. accumulate: add to what it holds.
+        out: (N, d) with unit stride along d; made if None.
 
     Above the ranks that one program keeps (128), -t P is written by ``coefficient_grads`` and expanded in a
     second launch: 2 N R more values of traffic beside the 2 N d.
@@ -171,8 +165,6 @@ def ratio_backward(
     if segment is None:
         segment = torch.zeros(rank, dtype=torch.int32, device=z.device)
     check("segment", segment, (rank,))
-    if accumulate and out is None:
-        raise ValueError("accumulate needs out")
     dz = torch.empty((num_tokens, dim), dtype=z.dtype, device=z.device) if out is None else out
     check("out", dz, (num_tokens, dim), z)
     if dz.stride(1) != 1 and dim > 1:
@@ -182,7 +174,7 @@ def ratio_backward(
     z = rows(z)
     if choice is None:
         target = current_target(z.device)
-        choice = expand_choice(rank, z.dtype, target, ratio=True, aligned=is_aligned(z))
+        choice = expand_choice(rank, z.dtype, target, step="ratio_backward", aligned=is_aligned(z))
     if rank > choice.block_r:
         x = coefficient_grads(
             None,
@@ -198,9 +190,7 @@ def ratio_backward(
             siblings=siblings,
             clamp=clamp,
         )
-        return input_gradient(
-            x.dp, q, row_scale=x.row_scale, z=z, out=dz, accumulate=accumulate, precision=precision
-        )
+        return input_gradient(x.dp, q, row_scale=x.row_scale, z=z, out=dz, precision=precision)
     q, p = matrix(q), rows(p)
     span = choice.block_d * choice.tiles
     with on_device(z.device):
@@ -227,7 +217,6 @@ def ratio_backward(
             float(clamp),
             OWN=own,
             COLUMNS=columns,
-            ACCUMULATE=accumulate,
             EVEN_D=dim % span == 0,
             PRECISION=precision,
             BLOCK_N=choice.block_n,

@@ -28,3 +28,12 @@ def scale_of(a, omega, norm2, clamp):
     """t. omega came out of a rounded square root, so the clamp is recognised with 4 float32 ulps to spare."""
     flat = (omega * omega <= clamp * 1.0000005) | (norm2 < TINY) | (a == 0.0)
     return tl.where(flat, 0.0, a / (omega * norm2))
+
+
+@triton.jit
+def load_scales(a_ptr, omega_ptr, at, mask, norm2, clamp):
+    """t and t u of one column of the ratio; 0 where masked."""
+    a = tl.load(a_ptr + at, mask=mask, other=0.0)
+    omega = tl.load(omega_ptr + at, mask=mask, other=1.0)
+    t = scale_of(a, omega, norm2, clamp)
+    return t, t * (1.0 - omega * omega)

@@ -75,6 +75,26 @@ def test_own_segment(siblings):
     compare(90, 40, [3, 9] * siblings, torch.float32, task=1, siblings=siblings)
 
 
+def test_a_token_without_a_task_has_no_gradient():
+    """Whatever stands in its place of omega and a."""
+    p, task = torch.randn(6, 8), torch.tensor([0, -1, 1, -1, 0, 1], dtype=torch.int32)
+    half = torch.full((6,), 0.5)
+    got = coefficient_grads(
+        None,
+        None,
+        p,
+        None,
+        a=half,
+        omega=half,
+        norm2=half,
+        segment=segments([4, 4]),
+        num_segments=2,
+        task=task,
+    )
+    assert (got.row_scale[task < 0] == 0).all() and (got.dp[task < 0] == 0).all()
+    assert (got.row_scale[task >= 0] > 0).all()
+
+
 def test_sibling_columns_in_and_out_of_one_stack():
     """q/k/v: each sibling has its own G and C; P and dP are column ranges of one matrix."""
     p, dp = torch.randn(50, 24), torch.full((50, 24), float("nan"))

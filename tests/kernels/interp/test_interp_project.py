@@ -52,6 +52,14 @@ def test_own_segment(siblings, target, dtype):
     assert (out.omega.view(n, -1)[task < 0] == 1).all()
 
 
+def test_a_token_without_a_task_has_ratio_one_whatever_it_holds():
+    ranks, z = [4, 4], torch.randn(6, 32)
+    z[2] = float("nan")
+    task = torch.tensor([0, 1, -1, -1, 0, 1], dtype=torch.int32)
+    out = project(z, basis(ranks, 32, torch.float32), segments(ranks), 2, task=task, weight=torch.ones(6))
+    assert out.omega[2:4].tolist() == [1, 1] and out.loss_partials.isfinite().all()
+
+
 def test_more_tasks_than_one_block_of_partials():
     ranks = [1] * 20
     z, task = torch.randn(70, 64), torch.randint(0, 20, (70,), dtype=torch.int32)
