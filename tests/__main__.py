@@ -1,17 +1,20 @@
-"""``python -m tests``: the whole test suite.
+"""``python -m tests``: the whole test suite, in processes of its own where it must be.
 
 Interpreting kernels and compiling them exclude each other within a process (Triton reads TRITON_INTERPRET
-when it is first imported), so the suite runs as two: the interpreted kernels, and everything else with the
-smoke benchmarks.
+when it is first imported), and compiling for an absent GPU replaces Triton's driver, so each has a run to
+itself. The benchmarks run in their smallest size, as a test of their mechanics.
 """
 
 import os
 import subprocess
 import sys
 
+TWO = ["-n", "2"]
 RUNS = (
-    ("interpreted kernels", ["tests/kernels/interp"], {"TRITON_INTERPRET": "1"}),
-    ("everything else", ["tests", "bench", "--ignore=tests/kernels/interp", "--benchmark-disable"], {}),
+    ("kernels, interpreted", ["tests/kernels/interp", *TWO], {"TRITON_INTERPRET": "1"}),
+    ("kernels, compiled", ["tests/kernels/compiled", "tests/kernels/ptx", *TWO], {}),
+    ("everything else", ["tests", "--ignore=tests/kernels", *TWO], {}),
+    ("benchmarks, smoke", ["bench", "--benchmark-disable"], {}),
 )
 
 
