@@ -23,7 +23,9 @@ def main() -> int:
     for name, arguments, variables in RUNS:
         print(f"== {name}", flush=True)
         command = [sys.executable, "-m", "pytest", "-q", *arguments, *sys.argv[1:]]
-        if subprocess.run(command, env={**os.environ, **variables}, check=False).returncode:
+        code = subprocess.run(command, env={**os.environ, **variables}, check=False).returncode
+        # 5: nothing to run, as for the kernels on a machine without triton; the reason is printed.
+        if code not in (0, 5):
             failed.append(name)
     if failed:
         print(f"failed: {', '.join(failed)}")
