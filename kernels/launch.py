@@ -8,11 +8,13 @@ Why the numbers are what they are (P = Z Q^T over N tokens, d features, rank R, 
 
  - A program holds all R columns of its tokens, so Z is read once. Q is then read again by every program,
    R / block_n bytes from L2 for each byte of Z; block_n = 128 keeps that at or below 1 up to R = 128.
- - ``gram``: ||z||^2 is the diagonal of Z Z^T, computed by the matrix units from the shared-memory tile they
-   read anyway. On sm_90 and sm_100 the matrix units read that tile asynchronously, and a tile that feeds both
-   them and ordinary arithmetic is recycled too early by Triton's pipeliner; the diagonal has no such reader.
-   Where the matrix instructions are synchronous, Z is prefetched one step ahead in registers instead and
-   squared there: half the matrix work, and the shared tile keeps its conflict-free layout.
+ - ||z||^2 comes in one of two ways. Without ``prefetch`` it is the diagonal of Z Z^T, computed by the matrix
+   units from the shared-memory tile they read anyway: on sm_90 and sm_100 they read it asynchronously, and a
+   tile that feeds both them and ordinary arithmetic is refilled too early by Triton's pipeliner. With
+   ``prefetch`` Z is one step ahead in registers and squared there, and the shared tile has a single buffer:
+   half the matrix work, and on sm_80 and sm_120 a layout without bank conflicts. On sm_90 at R = 128 the
+   diagonal would not leave registers for two programs, so that choice prefetches too.
+ - ``parts``: H of 128 columns in one accumulator would make the arithmetic after the loop spill.
  - ``maxnreg`` = 128 at 8 warps is what two programs per multiprocessor leave (65536 / 512 threads).
  - float32 products run on the ordinary arithmetic units, so they take small tiles.
 """
