@@ -24,7 +24,7 @@ _BLOCK_BYTES = 64 << 20
 
 # A product with few columns (or few terms) is spread over the cores by rows, a tile each: splitting inside
 # the product is up to a third slower at ranks 16 to 64.
-_TILE_ROWS = 256
+_TILE_ROWS = 128
 
 
 class Projection(NamedTuple):
@@ -150,11 +150,19 @@ def low_rank_output(
         coef: ``(R,)``.
         bias: ``(d_out,)`` or None.
     """
-    wide = p.dtype
-    x, ct = p * coef.to(wide), c.to(wide).t()
-    if bias is None:
-        return torch.mm(x, ct).to(dtype)
-    return torch.addmm(bias.to(wide), x, ct).to(dtype)
+    wide, rank = p.dtype, p.shape[1]
+    # The bias is one more term of the product: a column of ones beside P. Adding it by itself costs as much
+    # as the product.
+    terms = rank if bias is None else rank + 1
+    x, m = p.new_empty(p.shape[0], terms), p.new_empty(terms, c.shape[0])
+    torch.mul(p, coef.to(wide), out=x[:, :rank])
+    m[:rank] = c.t()
+    if bias is not None:
+        x[:, rank] = 1.0
+        m[rank] = bias
+    out = p.new_empty(p.shape[0], c.shape[0])
+    _thin_mm(x, m, out)
+    return out.to(dtype)
 
 
 def coefficient_grads(
@@ -188,7 +196,8 @@ def coefficient_grads(
     wide = p.dtype
     dp = dcoef = row_scale = None
     if g is not None:
-        h = g.to(wide) @ c.to(wide)
+        h = torch.empty_like(p)
+        _thin_mm(g.to(wide), c.to(wide), h)
         if want_dcoef:
             dcoef = (p * h).sum(0)
             if per_segment:
@@ -235,6 +244,7 @@ def _inside(p: Tensor, norm2: Tensor, segment: Tensor, num_segments: int) -> Ten
 def _thin_mm(x: Tensor, m: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """``out (+)= x @ m`` for a product with a small inner or outer dimension."""
     beta = 1 if accumulate else 0
+    x = dense_rows(x)
     tiles = x.shape[0] // _TILE_ROWS
     if x.device.type != "cpu" or tiles < 2 or not (x.is_contiguous() and out.is_contiguous()):
         torch.addmm(out, x, m, beta=beta, out=out)
