@@ -48,14 +48,14 @@ class BatchStream:
         if batch is None:
             raise MergeError(f"task {self.task!r}: the data holds no batch")
         inputs = without_labels(batch)
-        if not inputs or any(getattr(value, "numel", lambda: 1)() == 0 for value in inputs.values()):
-            raise MergeError(f"task {self.task!r}: a batch is empty; remove empty rows from the data")
         for key, value in inputs.items():
             if not isinstance(value, Tensor):
                 raise MergeError(
                     f"task {self.task!r}: {key!r} is a {type(value).__name__}, not a tensor; "
                     "drop the column or make it one"
                 )
+        if not inputs or any(value.numel() == 0 for value in inputs.values()):
+            raise MergeError(f"task {self.task!r}: a batch is empty; remove empty rows from the data")
         mask = inputs.get("attention_mask")
         if mask is not None and not bool(mask.any()):
             raise MergeError(f"task {self.task!r}: a batch is fully masked; remove empty rows from the data")
