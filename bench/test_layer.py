@@ -99,7 +99,7 @@ def test_layer_with_ratio(compare, device, size) -> None:
 
     def ours() -> None:
         z.grad = None
-        y, omega = merged_linear(
+        y, omega, _ = merged_linear(
             z,
             base.weight,
             base.bias,

@@ -104,11 +104,11 @@ class MergedLinear(nn.Module):
         if self._plain and not _hooked(self.base):
             weight = self.base.weight
             weight = weight if type(self.base) is nn.Linear else weight.t()
-            y, omega = ops.merged_linear(z, weight, self.base.bias, *factors, **kind)
+            y, omega, p = ops.merged_linear(z, weight, self.base.bias, *factors, **kind)
         else:
-            y, omega = ops.low_rank_update(self.base(z), z, *factors, **kind)
+            y, omega, p = ops.low_rank_update(self.base(z), z, *factors, **kind)
         if omega is not None:
-            self.monitor.record(self.name, z, omega)
+            self.monitor.record(self.name, z, omega, p)
             if self._on_recorded is not None and self.monitor.recording:
                 self._on_recorded()
         return y

@@ -64,11 +64,13 @@ class RatioMonitor:
         tasks: names of all tasks.
         preferences: pi_k, summing to 1.
         targets: module path -> names of the tasks that adapt it.
+        stopped: names of tasks whose ratios are still measured but no longer enter the loss.
     """
 
     tasks: tuple[str, ...]
     preferences: tuple[float, ...]
     targets: Mapping[str, Sequence[str]]
+    stopped: set[str] = field(default_factory=set)
     loss: Tensor | None = None
     ratios: dict[str, Tensor] = field(default_factory=dict)
     recording: bool = False
@@ -131,7 +133,7 @@ class RatioMonitor:
         average = member / total.clamp(min=torch.finfo(weight.dtype).tiny)
         scale = torch.tensor(
             [
-                pi / max(sum(name in names for names in self.targets.values()), 1)
+                0.0 if name in self.stopped else pi / max(sum(name in n for n in self.targets.values()), 1)
                 for name, pi in zip(self.tasks, self.preferences, strict=True)
             ],
             dtype=weight.dtype,
@@ -139,7 +141,7 @@ class RatioMonitor:
         )
         return (scale @ average).masked_fill_(own < 0, 0.0), average
 
-    def record(self, module: str, z: Tensor, omega: Tensor) -> None:
+    def record(self, module: str, z: Tensor, omega: Tensor, p: Tensor) -> None:
         """Takes one call's ``omega (N,)``: its part of the loss, and its per-task means ``(K,)``."""
         _, a, average = self._cache[(tuple(self.targets[module]), z.shape[:-1], z.device)]
         # Padding has weight 0 and may hold anything.

@@ -8,6 +8,8 @@ over the stacked columns, and the ratio of each token is that of its own task. B
 
     H = G C,    dL/dc_j = sum_n P_nj H_nj,    dP = H * c - [own block] t P,    dZ = G W0 + dP Q + (t u) Z
 
+The projection P may enter a loss as well; its gradient is one more term of dP.
+
 No ``d_out x d_in`` gradient or update exists. What is kept for the backward: P, and two scalars a token and
 a reference to Z where the ratio is wanted.
 """
@@ -15,7 +17,7 @@ a reference to Z where the ratio is wanted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +26,23 @@ from ..reference import CLAMP
 from . import dispatch
 from .torch_steps import compute_dtype, dense_rows
 
-__all__ = ["low_rank_update", "merged_linear"]
+__all__ = ["Merged", "low_rank_update", "merged_linear"]
+
+
+class Merged(NamedTuple):
+    """Output of a merged layer.
+
+    Attributes:
+        y: ``(..., d_out)`` in the dtype of z.
+        omega: ``(N,)`` null-space ratio of every token under its own task, in float32 (float64 for float64
+            input), or None.
+        p: ``(N, R)`` projection ``Z Q^T``, in the stacked order; in float32 (float64 for float64 input) in
+            plain torch, in the dtype of z from a kernel.
+    """
+
+    y: Tensor
+    omega: Tensor | None
+    p: Tensor
 
 
 def merged_linear(
@@ -40,7 +58,7 @@ def merged_linear(
     task: Tensor | None = None,
     clamp: float = CLAMP,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+) -> Merged:
     """``z W0^T + bias + ((z Q^T) * c) C^T`` and the own-task null-space ratio of every token.
 
     Args:
@@ -57,8 +75,7 @@ def merged_linear(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        y ``(..., d_out)`` in the dtype of z, and omega ``(N,)`` in float32 (float64 for float64 input),
-        differentiable, or None.
+        y, omega (None without ``task``) and the projection, all differentiable; see :class:`Merged`.
     """
     if torch.is_autocast_enabled(z.device.type):
         dtype = torch.get_autocast_dtype(z.device.type)
@@ -79,7 +96,7 @@ def low_rank_update(
     task: Tensor | None = None,
     clamp: float = CLAMP,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+) -> Merged:
     """``y + ((z Q^T) * c) C^T`` for a base layer of any kind whose output ``y (..., d_out)`` is given.
 
     Arguments and results as in :func:`merged_linear`; differentiable in ``y`` as well.
@@ -102,15 +119,15 @@ def _call(
     task: Tensor | None,
     clamp: float,
     impl: str,
-) -> tuple[Tensor, Tensor | None]:
+) -> Merged:
     flat = z.reshape(-1, z.shape[-1])
     flat_y = None if y is None else y.reshape(-1, y.shape[-1])
     impl = dispatch.resolve(impl, z.device, z.dtype, basis.shape[0])
     run = _op if torch.compiler.is_compiling() else _MergedLinear.apply
-    out, omega, _, _ = run(
+    out, omega, p, _ = run(
         flat, flat_y, weight, bias, basis, columns, segment, coefficients, num_tasks, task, clamp, impl
     )
-    return out.view(*z.shape[:-1], columns.shape[0]), None if task is None else omega
+    return Merged(out.view(*z.shape[:-1], columns.shape[0]), None if task is None else omega, p)
 
 
 def _forward(
@@ -147,6 +164,7 @@ def _forward(
 def _backward(
     g: Tensor | None,
     grad_omega: Tensor | None,
+    grad_p: Tensor | None,
     z: Tensor | None,
     weight: Tensor | None,
     q: Tensor,
@@ -184,6 +202,8 @@ def _backward(
         )
         if dcoef is None:
             dcoef = coefficients.new_zeros(coefficients.shape if want_dcoef else 0)
+        if want_dz and grad_p is not None:
+            dp = grad_p.to(p.dtype) if dp is None else dp + grad_p
         dtype = z.dtype if z is not None else (g.dtype if g is not None else p.dtype)
         if not want_dz or dp is None:
             empty = (p.shape[0] if want_dz else 0, q.shape[1])
@@ -200,7 +220,7 @@ def _spread(coefficients: Tensor, segment: Tensor) -> Tensor:
     """One coefficient a stacked column, ``(R,)``."""
     if coefficients.shape == segment.shape:
         return coefficients
-    return coefficients[segment.long()]
+    return coefficients.index_select(0, segment)
 
 
 _op = torch.library.custom_op("nsc_fast::merged_linear", _forward, mutates_args=())
@@ -222,8 +242,8 @@ def _(z, y, weight, bias, q, c, segment, coefficients, num_tasks, task, clamp, i
 
 @_backward_op.register_fake
 def _(
-    g, grad_omega, z, weight, q, c, segment, coefficients, num_tasks, task, p, omega, norm2, clamp, impl,
-    want_dz, want_dcoef,
+    g, grad_omega, grad_p, z, weight, q, c, segment, coefficients, num_tasks, task, p, omega, norm2, clamp,
+    impl, want_dz, want_dcoef,
 ):  # fmt: skip
     dtype = z.dtype if z is not None else (g.dtype if g is not None else p.dtype)
     return (
@@ -244,13 +264,18 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _grad(
-    ctx: Any, g: Tensor | None, grad_omega: Tensor | None, run: Callable[..., tuple[Tensor, Tensor]]
+    ctx: Any,
+    g: Tensor | None,
+    grad_omega: Tensor | None,
+    grad_p: Tensor | None,
+    run: Callable[..., tuple[Tensor, Tensor]],
 ) -> tuple[Tensor | None, ...]:
     z, weight, q, c, segment, coefficients, task, p, omega, norm2 = ctx.saved_tensors
     dz = dcoef = None
-    if (g is not None or grad_omega is not None) and (ctx.want_dz or ctx.want_dcoef):
+    grads = (g, grad_omega, grad_p)
+    if any(grad is not None for grad in grads) and (ctx.want_dz or ctx.want_dcoef):
         dz, dcoef = run(
-            g, grad_omega, z, weight, q, c, segment, coefficients, ctx.num_tasks, task, p, omega, norm2,
+            *grads, z, weight, q, c, segment, coefficients, ctx.num_tasks, task, p, omega, norm2,
             ctx.clamp, ctx.impl, ctx.want_dz, ctx.want_dcoef,
         )  # fmt: skip
     dy = g if ctx.want_dy else None
@@ -270,7 +295,7 @@ def _grad(
     )
 
 
-_op.register_autograd(lambda ctx, g, w, *_: _grad(ctx, g, w, _backward_op), setup_context=_save)
+_op.register_autograd(lambda ctx, *grads: _grad(ctx, *grads[:3], _backward_op), setup_context=_save)
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -280,13 +305,11 @@ class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output = _forward(*inputs)
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.mark_non_differentiable(output[3])
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, g: Tensor | None, grad_omega: Tensor | None, *_: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        return _grad(ctx, g, grad_omega, _backward)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _grad(ctx, *grads[:3], _backward)

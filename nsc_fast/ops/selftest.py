@@ -133,7 +133,7 @@ def _merged(dtype: torch.dtype, device: torch.device, impl: str) -> dict[str, tu
     )
     mine = p["z"].to(device, dtype).requires_grad_()
     coefficients = p["coefficients"].to(device, torch.float32).requires_grad_()
-    got, got_omega = merged_linear(
+    got, got_omega, _ = merged_linear(
         mine,
         p["weight"].to(device, dtype),
         p["bias"].to(device, dtype),

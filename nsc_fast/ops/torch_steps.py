@@ -26,6 +26,10 @@ _BLOCK_BYTES = 64 << 20
 # the product is up to a third slower at ranks 16 to 64.
 _TILE_ROWS = 128
 
+# From this rank on, the product by tiles and one more pass for the other term is faster than an accumulating
+# product, which cannot be split into tiles without loss.
+_WIDE_RANK = 64
+
 
 class Projection(NamedTuple):
     """One pass over z: ``p (N, R)``, ``norm2 (N,)``, ``omega (N, G)``, or ``(N,)`` with task ids."""
@@ -131,9 +135,14 @@ def input_gradient(
     out = dp.new_empty(dp.shape[0], q.shape[1], dtype=dtype)
     for rows in _blocks(out, wide):
         block = out[rows] if out.dtype == wide else torch.empty_like(out[rows], dtype=wide)
-        if row_scale is not None:
+        if row_scale is None:
+            _thin_mm(dp[rows], q, block)
+        elif dp.shape[1] < _WIDE_RANK:
             torch.mul(z[rows].to(wide), row_scale[rows, None], out=block)
-        _thin_mm(dp[rows], q, block, accumulate=row_scale is not None)
+            block.addmm_(dp[rows], q)
+        else:
+            _thin_mm(dp[rows], q, block)
+            torch.addcmul(block, z[rows].to(wide), row_scale[rows, None], out=block)
         if out.dtype != wide:
             out[rows] = block
     return out
@@ -151,14 +160,16 @@ def low_rank_output(
         bias: ``(d_out,)`` or None.
     """
     wide, rank = p.dtype, p.shape[1]
-    # The bias is one more term of the product: a column of ones beside P. Adding it by itself costs as much
-    # as the product.
-    terms = rank if bias is None else rank + 1
-    x, m = p.new_empty(p.shape[0], terms), p.new_empty(terms, c.shape[0])
-    torch.mul(p, coef.to(wide), out=x[:, :rank])
-    m[:rank] = c.t()
-    if bias is not None:
+    scaled = coef.to(wide)[:, None]
+    if bias is None:
+        x, m = p, torch.mul(c.t().to(wide), scaled).contiguous()
+    else:
+        # The bias is one more term of the product: a column of ones beside P. Adding it by itself costs as
+        # much as the product.
+        x, m = p.new_empty(p.shape[0], rank + 1), p.new_empty(rank + 1, c.shape[0])
+        x[:, :rank] = p
         x[:, rank] = 1.0
+        torch.mul(c.t().to(wide), scaled, out=m[:rank])
         m[rank] = bias
     out = p.new_empty(p.shape[0], c.shape[0])
     _thin_mm(x, m, out)
@@ -241,25 +252,18 @@ def _inside(p: Tensor, norm2: Tensor, segment: Tensor, num_segments: int) -> Ten
     return energy.div_(positive[:, None])
 
 
-def _thin_mm(x: Tensor, m: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """``out (+)= x @ m`` for a product with a small inner or outer dimension."""
-    beta = 1 if accumulate else 0
+def _thin_mm(x: Tensor, m: Tensor, out: Tensor) -> None:
+    """``out = x @ m`` for a product with a small inner or outer dimension."""
     x = dense_rows(x)
     tiles = x.shape[0] // _TILE_ROWS
     if x.device.type != "cpu" or tiles < 2 or not (x.is_contiguous() and out.is_contiguous()):
-        torch.addmm(out, x, m, beta=beta, out=out)
+        torch.mm(x, m, out=out)
         return
     whole = tiles * _TILE_ROWS
     tiled = out[:whole].view(tiles, _TILE_ROWS, -1)
-    torch.baddbmm(
-        tiled,
-        x[:whole].view(tiles, _TILE_ROWS, -1),
-        m.expand(tiles, *m.shape),
-        beta=beta,
-        out=tiled,
-    )
+    torch.bmm(x[:whole].view(tiles, _TILE_ROWS, -1), m.expand(tiles, *m.shape), out=tiled)
     if whole < x.shape[0]:
-        torch.addmm(out[whole:], x[whole:], m, beta=beta, out=out[whole:])
+        torch.mm(x[whole:], m, out=out[whole:])
 
 
 def _blocks(like: Tensor, wide: torch.dtype) -> Iterator[slice]:

@@ -49,8 +49,8 @@ def everything(case):
     """A function of all operations, with gradients to z and the coefficients."""
 
     def f(z, c):
-        y, omega = merged_linear(z, case.weight, case.bias, *case.factors, c, **case.options)
-        y2, _ = low_rank_update(torch.tanh(y), z.sin(), *case.factors, c, num_tasks=3)
+        y, omega, _ = merged_linear(z, case.weight, case.bias, *case.factors, c, **case.options)
+        y2, _, _ = low_rank_update(torch.tanh(y), z.sin(), *case.factors, c, num_tasks=3)
         every = null_space_ratio(z, case.factors[0], ranks=[3, 1, 4])
         mean = null_space_ratio(z, case.factors[0][:3], weight=case.mask)
         return y2.square().sum() + omega.sum() + every.mean() + mean

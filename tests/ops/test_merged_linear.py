@@ -56,7 +56,7 @@ class Case:
         }
         return merged_linear(
             now["z"], now["weight"], now["bias"], *self.factors, now["coefficients"], **self.options
-        )
+        )[:2]
 
     @property
     def options(self):
@@ -259,7 +259,7 @@ def test_the_ratio_is_that_of_the_standalone_operation():
 class TestLowRankUpdate:
     def apply(self, case, y, **changed):
         z, c = changed.get("z", case.z), changed.get("coefficients", case.coefficients)
-        return low_rank_update(y, z, *case.factors, c, **case.options)
+        return low_rank_update(y, z, *case.factors, c, **case.options)[:2]
 
     @pytest.mark.parametrize("per", ["task", "direction"])
     @pytest.mark.parametrize("task", [True, False])
@@ -332,7 +332,7 @@ def test_no_dtype_loses_more_than_plain_torch_does(dtype, n, d_in, d_out, ranks)
         return [*(o.detach() for o in out), *torch.autograd.grad(out, (z, c), ups)]
 
     def ours(z, w, b, q, columns, c):
-        return merged_linear(z, w, b, q, columns, case.stack.segment, c, **case.options)
+        return merged_linear(z, w, b, q, columns, case.stack.segment, c, **case.options)[:2]
 
     inputs = (z, weight, bias, q, columns, c)
     truth = run(plain, *(t.double() for t in inputs))
@@ -341,12 +341,37 @@ def test_no_dtype_loses_more_than_plain_torch_does(dtype, n, d_in, d_out, ranks)
         assert_no_worse(name, o, p, t)
 
 
+@pytest.mark.parametrize("used", ["y omega p", "p", "y p", "omega p"])
+def test_the_projection_may_enter_a_loss(used):
+    case = Case(leading=(3, 5))
+    z = case.z.detach().clone().requires_grad_()
+    basis, columns, segment = case.factors
+    widths = {"y": (15, columns.shape[0]), "omega": (15,), "p": (15, len(basis))}
+    weights = {name: torch.randn(shape) for name, shape in widths.items()}
+
+    def loss(y, omega, p):
+        outputs = {"y": y.reshape(15, -1), "omega": omega, "p": p}
+        return sum((outputs[name] * weights[name].double()).sum() for name in used.split())
+
+    got = merged_linear(z, case.weight, case.bias, *case.factors, case.coefficients, **case.options)
+    assert_same("p", got.p, (z @ basis.t()).reshape(15, -1))
+    inputs = (z, case.coefficients)
+    grads = torch.autograd.grad(loss(*got), inputs, allow_unused=True)
+    expected = torch.autograd.grad(
+        loss(*case.truth(z), (z @ basis.t()).reshape(15, -1)), inputs, allow_unused=True
+    )
+    for name, ours, theirs in zip(("dz", "dcoefficients"), grads, expected, strict=True):
+        assert (ours is None) == (theirs is None), name
+        if ours is not None:
+            assert_same(name, ours, theirs)
+
+
 def test_dtypes_of_the_results():
     case = Case()
     half = [t.to(torch.bfloat16) for t in (case.z.detach(), case.weight, case.bias)]
     half[0].requires_grad_()
     c = case.coefficients.detach().float().requires_grad_()
-    y, omega = merged_linear(*half, *case.factors, c, **case.options)
+    y, omega, _ = merged_linear(*half, *case.factors, c, **case.options)
     assert (y.dtype, omega.dtype) == (torch.bfloat16, torch.float32)
     dz, dc = torch.autograd.grad((y, omega), (half[0], c), (case.grad_y.to(y.dtype), case.grad_omega.float()))
     assert (dz.dtype, dc.dtype) == (torch.bfloat16, torch.float32)
@@ -358,10 +383,10 @@ def test_autocast_runs_the_layer_in_its_dtype():
     c = case.coefficients.detach().float().requires_grad_()
     z.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, omega = merged_linear(z, w, b, *case.factors, c, **case.options)
+        y, omega, _ = merged_linear(z, w, b, *case.factors, c, **case.options)
         assert y.dtype == linear(z, w, b).dtype == torch.bfloat16
     half = z.detach().bfloat16().requires_grad_()
-    y2, omega2 = merged_linear(half, w.bfloat16(), b.bfloat16(), *case.factors, c, **case.options)
+    y2, omega2, _ = merged_linear(half, w.bfloat16(), b.bfloat16(), *case.factors, c, **case.options)
     assert torch.equal(y, y2) and torch.equal(omega, omega2)
     ups = case.grad_y.bfloat16(), case.grad_omega.float()
     dz, dc = torch.autograd.grad((y, omega), (z, c), ups)
@@ -374,7 +399,7 @@ def test_autocast_of_a_low_rank_update_follows_the_base_output():
     z, c = case.z.detach().float(), case.coefficients.detach().float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         base = linear(z, case.weight.float())
-        y, _ = low_rank_update(base, z, *case.factors, c, **case.options)
+        y, _, _ = low_rank_update(base, z, *case.factors, c, **case.options)
         y.sum().backward()
     assert y.dtype == torch.bfloat16 and c.grad.dtype == torch.float32
 

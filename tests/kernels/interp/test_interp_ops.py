@@ -32,7 +32,7 @@ def test_merged_linear_is_the_same_on_the_kernels_and_on_torch(shape, rankwise, 
     for impl in ("triton", "torch"):
         z_, c_ = z.clone().requires_grad_(), c.clone().requires_grad_()
         own = None if wanted == "output" else task
-        y, omega = merged_linear(z_, weight, bias, *factors, c_, num_tasks=len(ranks), task=own, impl=impl)
+        y, omega, _ = merged_linear(z_, weight, bias, *factors, c_, num_tasks=len(ranks), task=own, impl=impl)
         loss = 0.0
         if wanted != "ratio":
             loss = loss + (y * torch.arange(y.shape[1])).sum()
@@ -110,7 +110,7 @@ def test_checkpointed_and_compiled_forms_agree():
     c = torch.tensor([0.4, 0.7], requires_grad=True)
 
     def run(z, c):
-        y, omega = merged_linear(z, weight, bias, *factors, c, num_tasks=2, task=task, impl="triton")
+        y, omega, _ = merged_linear(z, weight, bias, *factors, c, num_tasks=2, task=task, impl="triton")
         return y.square().sum() + omega.sum() + null_space_ratio(z, factors[0], impl="triton").sum()
 
     z = z.requires_grad_()
