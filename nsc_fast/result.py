@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,11 @@ from torch import Tensor
 
 from . import __version__
 from .adapters import WriteReport, write_lora
+from .adapters.write import numerical_rank
+from .dense import DenseMerge
 from .factors import LowRankUpdate
+from .interference import Interference
+from .report import card, page, read_record
 
 if TYPE_CHECKING:
     from .driver import StepRecord
@@ -46,8 +50,11 @@ class MergeResult:
         sources: task -> where its adapter came from and the digest of its weights.
         notices: what the user should know.
         heads: task -> tensors of its separately kept head (``modules_to_save``), never merged.
+        dense: modules that the adapters had trained whole, merged (``modules_to_save="merge-dense"``).
         interrupted: the user stopped the optimisation; the coefficients are those reached by then.
         measure: what the history's values per task are.
+        interference: module path -> overlaps and cosines between the adapters.
+        signal: null-space ratios on the tasks' unlabeled data, see :class:`nsc_fast.report.record.Signal`.
     """
 
     method: str
@@ -62,10 +69,13 @@ class MergeResult:
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    dense: DenseMerge | None = None
     interrupted: bool = False
     measure: str = "null-space ratio"
     task_type: str | None = None
     recipe: Mapping[str, Any] | None = None
+    interference: Mapping[str, Interference] | None = None
+    signal: Mapping[str, Any] | None = None
 
     def save_pretrained(
         self,
@@ -93,16 +103,24 @@ class MergeResult:
             task_type=self.task_type,
             max_rank=max_rank,
             dtype=dtype,
-            extra_files=self.evidence(),
+            whole=None if self.dense is None else self.dense.modules,
+            extra_files=self.evidence(max_rank=max_rank, dtype=dtype),
             overwrite=overwrite,
         )
 
-    def evidence(self) -> dict[str, bytes | str]:
-        """Files beside the adapter: recipe, coefficients, metrics, environment, model card."""
+    def evidence(
+        self, *, max_rank: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> dict[str, bytes | str]:
+        """Files beside the adapter: recipe, coefficients, metrics, environment, report, model card.
+
+        Args:
+            max_rank, dtype: of the adapter, as for :meth:`save_pretrained`.
+        """
+        measurements = self._measurements(max_rank, dtype)
         files: dict[str, bytes | str] = {
-            "README.md": self._card(),
             "nsc_fast/environment.json": json.dumps(environment(), indent=2, sort_keys=True) + "\n",
             "nsc_fast/merge.json": json.dumps(self._summary(), indent=2, sort_keys=True) + "\n",
+            "nsc_fast/measurements.json": json.dumps(measurements, separators=(",", ":")) + "\n",
         }
         if self.recipe is not None:
             files["nsc_fast/config.resolved.yaml"] = yaml.safe_dump(dict(self.recipe), sort_keys=False)
@@ -119,7 +137,9 @@ class MergeResult:
         if self.history:
             lines = [json.dumps(asdict(record)) for record in self.history]
             files["nsc_fast/metrics.jsonl"] = "\n".join(lines) + "\n"
-        return files
+        # From the files, as later: whatever they lack is missed at once.
+        record = read_record(files)
+        return {**files, "README.md": card(record), "nsc_fast/report.html": page(record)}
 
     def _summary(self) -> dict[str, Any]:
         return {
@@ -131,45 +151,53 @@ class MergeResult:
             "notices": list(self.notices),
             "interrupted": self.interrupted,
             "modules": len(self.updates),
+            "measure": self.measure,
         }
 
-    def _card(self) -> str:
-        """Model card; the front matter is what the hub reads."""
-        head = {
-            "library_name": "peft",
-            "base_model": self.base_model,
-            "tags": ["lora", "merge", "nsc_fast", self.method],
+    def _measurements(self, max_rank: int | None, dtype: torch.dtype) -> dict[str, Any]:
+        """What the report needs beside the other files, in as many digits as it can show."""
+        ranks = {module: numerical_rank(update) for module, update in self.updates.items()}
+        written = {m: max(1, min(rank, max_rank or rank)) for m, rank in ranks.items()}
+        return {
+            "output": {
+                "rank": max(written.values(), default=1),
+                "max_rank": max_rank,
+                "dtype": str(dtype).removeprefix("torch."),
+            },
+            "spectrum": {
+                module: {
+                    "shape": list(update.shape),
+                    "energy": float(f"{update.energy:.6g}"),
+                    "kept": round(update.truncate(written[module])[1], 6),
+                    "values": [float(f"{s:.4g}") for s in update.singular_values[: ranks[module]].tolist()],
+                }
+                for module, update in self.updates.items()
+            },
+            "interference": {
+                module: {
+                    "tasks": list(own.tasks),
+                    "ranks": list(own.ranks),
+                    **{key: _pairs(getattr(own, key)) for key in ("rows", "columns", "cosine")},
+                }
+                for module, own in (self.interference or {}).items()
+            },
+            "signal": _rounded(self.signal),
         }
-        sources = "\n".join(
-            f"- `{task}`: {_public(source['source'])} (sha256 {source['digest'][:16]})"
-            for task, source in self.sources.items()
-        )
-        ratios = ""
-        if self.history:
-            first, last = self.history[0], self.history[-1]
-            rows = "\n".join(
-                f"| {task} | {first.ratios[task]:.4f} | {last.ratios.get(task, float('nan')):.4f} |"
-                for task in first.ratios
-            )
-            ratios = (
-                f"\n## Mean {self.measure}\n\nOf every task, before and after {len(self.history)} steps."
-                f"\n\n| task | first step | last step |\n|---|---|---|\n{rows}\n"
-            )
-        notices = "".join(f"\n> {notice}\n" for notice in self.notices)
-        return (
-            f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"
-            f"# Merge of {len(self.tasks)} LoRA adapters\n\n"
-            f"One LoRA made from {len(self.tasks)} adapters of one base model by `{self.method}` "
-            f"with nsc_fast {__version__}.\n\n## Sources\n\n"
-            f"{sources or '- not recorded'}\n{notices}{ratios}\n"
-            "The licence of this adapter follows from those of its sources.\n\n"
-            f"## Parameters\n\n```yaml\n{yaml.safe_dump(dict(self.parameters), sort_keys=False)}```\n"
-        )
 
 
-def _public(source: str) -> str:
-    """A hub id as it is; of a folder only its name, for a card that may be published."""
-    return Path(source).name if Path(source).is_absolute() else source
+def _pairs(matrix: Tensor) -> list[float | None]:
+    """Above the diagonal, row by row."""
+    rows, columns = torch.triu_indices(*matrix.shape, offset=1)
+    return [_rounded(value) for value in matrix[rows, columns].tolist()]
+
+
+def _rounded(content: Any) -> Any:
+    """With four decimals; None for what is no number, which JSON does not know."""
+    if isinstance(content, Mapping):
+        return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, float):
+        return round(content, 4) if math.isfinite(content) else None
+    return content
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,60 @@
+"""Makes the report of an existing output folder again."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from ..errors import MergeError
+from .card import renewed
+from .page import page
+from .record import read_record
+
+__all__ = ["write_report"]
+
+REPORT = Path("nsc_fast") / "report.html"
+
+
+def write_report(out: str | os.PathLike[str]) -> list[Path]:
+    """Writes ``nsc_fast/report.html`` and the marked part of ``README.md`` from what the folder holds.
+
+    A model card without the marks is somebody's own, and left alone.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        MergeError: no output of a merge, a damaged file, or a folder that cannot be written.
+    """
+    folder = Path(out)
+    if not folder.is_dir():
+        raise MergeError(f"there is no folder {str(folder)!r}; report needs a folder that `merge` wrote")
+    record = read_record(folder)
+    written = {folder / REPORT: page(record)}
+    readme = folder / "README.md"
+    try:
+        text = renewed(readme.read_text(encoding="utf-8"), record) if readme.is_file() else None
+        if text is not None:
+            written[readme] = text
+        for path, content in written.items():
+            _replace(path, content)
+    except (OSError, UnicodeDecodeError) as error:
+        raise MergeError(f"the report in {folder} cannot be written: {error}") from error
+    return list(written)
+
+
+def _replace(path: Path, content: str) -> None:
+    """The file is the old one or the new one at any time."""
+    # As open() would create it: temporary files are for the owner only.
+    mask = os.umask(0)
+    os.umask(mask)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(content)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
