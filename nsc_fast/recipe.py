@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 import yaml
@@ -15,36 +16,150 @@ from .parameters import Strict
 __all__ = [
     "AdapterSpec",
     "BaseSpec",
+    "DataOptions",
     "DataSpec",
     "OutputSpec",
     "Recipe",
     "load_recipe",
     "make_recipe",
     "read_content",
+    "template_columns",
 ]
 
 
 class BaseSpec(Strict):
-    """The base model: hub id or folder."""
+    """The base model: hub id or folder.
+
+    Attributes:
+        dtype: of the weights. "auto": as the checkpoint has them.
+        device_map: where its parts go, as in transformers: "auto", "balanced", ... or module path -> device,
+            "cpu" or "disk". Default: all on the device of the merge.
+        load_in_4bit, load_in_8bit: quantise the frozen base while it is loaded. The adapters and the merge
+            stay in full precision, and a full model is written from the files, which are not quantised.
+        quant_method: what quantises; torchao for 8 bits only. Default: bitsandbytes.
+    """
 
     path: str
     revision: str | None = None
     subfolder: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
+    device_map: str | dict[str, int | str] | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    quant_method: Literal["bitsandbytes", "torchao"] | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base is quantised while it is loaded."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @model_validator(mode="after")
+    def _one_width(self) -> BaseSpec:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit: choose one")
+        if self.quant_method is not None and not self.quantised:
+            raise ValueError("quant_method: say load_in_4bit or load_in_8bit, too")
+        if self.load_in_4bit and self.quant_method == "torchao":
+            raise ValueError("quant_method torchao is for load_in_8bit; bitsandbytes does 4 bits")
+        return self
 
 
-class DataSpec(Strict):
-    """Unlabeled text of one task: a JSONL file, of which only the named columns are read.
+class DataOptions(Strict):
+    """How rows become model inputs. Only inputs are read; every other column is left alone.
 
-    ``text`` is one column, or two for sentence pairs. Rows are drawn with the recipe's seed.
+    Attributes:
+        format: what a row is. "auto" takes what the other options and the columns tell.
+        text: column of the text, or the two of a pair. Default: a well-known name, with a notice.
+        template: text with columns in braces, ``"Question: {q}\\nAnswer:"``, instead of ``text``.
+        messages: column of a chat's messages. Default: "messages" or "conversations".
+        image: column of the images: paths (from the data file's folder), bytes or PIL images.
+        keep_answer: keep an assistant's message at the end of a chat. It is the label, so by default it is
+            left out.
+        generation_prompt: end a chat without its answer in what the chat template puts before an answer.
+        num_samples: rows drawn with the recipe's seed; all where there are fewer.
+        batch_size: rows of a batch.
+        max_length: tokens of a row, the rest is cut with a notice. Default: 512, or what the model can take.
+    """
+
+    format: Literal["auto", "text", "pair", "chat", "image"] = "auto"
+    text: str | tuple[str, str] | None = None
+    template: str | None = None
+    messages: str | None = None
+    image: str | None = None
+    keep_answer: bool = False
+    generation_prompt: bool = True
+    num_samples: int = Field(256, ge=1)
+    batch_size: int = Field(16, ge=1)
+    max_length: int | None = Field(None, ge=1)
+
+    @field_validator("template")
+    @classmethod
+    def _columns_only(cls, value: str | None) -> str | None:
+        if value is not None:
+            template_columns(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataOptions:
+        if self.template is not None and self.text is not None:
+            raise ValueError("give text or template, not both: a template names its columns itself")
+        if self.messages is not None and (self.text is not None or self.template is not None):
+            raise ValueError("messages make a chat by themselves: leave text and template out")
+        fits = {
+            "text": ("text", "template"),
+            "pair": ("text",),
+            "chat": ("messages",),
+            "image": ("image", "text", "template"),
+        }
+        for key in ("text", "template", "messages", "image"):
+            if self.format != "auto" and getattr(self, key) is not None and key not in fits[self.format]:
+                raise ValueError(f"format {self.format!r} has no {key}")
+        if self.format in ("text", "pair") and self.text is not None:
+            if isinstance(self.text, str) != (self.format == "text"):
+                raise ValueError(f"format {self.format!r} and the number of columns in text do not agree")
+        if self.image is not None and self.messages is not None:
+            raise ValueError("chats with images are not supported: give text or template beside image")
+        if self.image is not None and isinstance(self.text, tuple):
+            raise ValueError("beside an image, text is one column")
+        return self
+
+
+class DataSpec(DataOptions):
+    """Unlabeled data of one task, and where they are.
+
+    Attributes:
+        path: JSON lines, JSON, CSV, TSV, text or Parquet file, a folder of one kind of them or of images,
+            a folder that ``datasets`` saved, or a dataset's hub id.
+        documents: of text files: each is one row. Default: in a folder of them; of a single file, a line is.
+        subset: configuration of a hub dataset.
+        split: of a hub dataset. Default: "train".
+        revision: of a hub dataset.
     """
 
     path: str
-    text: str | tuple[str, str] = "text"
-    num_samples: int = Field(256, ge=1)
-    batch_size: int = Field(16, ge=1)
-    max_length: int = Field(512, ge=1)
+    documents: bool | None = None
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """Columns that a template names, in order.
+
+    Raises:
+        ValueError: no column, or more than a name in the braces.
+    """
+    names = []
+    for _, name, form, conversion in Formatter().parse(template):
+        if name is None:
+            continue
+        if not name or form or conversion or any(c in name for c in ".[]"):
+            raise ValueError(f"template: write one column's name in the braces, not {{{name}}}; {{{{ for {{")
+        names.append(name)
+    if not names:
+        raise ValueError("template: names no column; write {column}")
+    return tuple(dict.fromkeys(names))
 
 
 class Weighting(Strict):
@@ -80,7 +195,7 @@ class Recipe(Strict):
     adapters: tuple[AdapterSpec, ...] = Field(min_length=1)
     parameters: dict[str, Any] = {}
     output: OutputSpec = OutputSpec()
-    modules_to_save: Literal["error", "drop", "keep-separate"] = "error"
+    modules_to_save: Literal["error", "drop", "keep-separate", "merge-dense"] = "error"
     seed: int = 0
 
     @field_validator("base_model", mode="before")
