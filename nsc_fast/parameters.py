@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = ["EarlyStopping", "NSCParameters", "Scope"]
 
@@ -23,6 +23,18 @@ class Scope(Strict):
     layers: str = "last_quarter"
 
 
+def positive(preferences: dict[str, float] | None) -> dict[str, float] | None:
+    """Preferences that can be normalised.
+
+    Raises:
+        ValueError: a negative one, or none above zero.
+    """
+    values = [1.0] if preferences is None else list(preferences.values())
+    if any(v < 0 for v in values) or sum(values) <= 0:
+        raise ValueError("preferences must not be negative and must not all be zero")
+    return preferences
+
+
 class EarlyStopping(Strict):
     """Stop after ``patience`` steps without a loss lower than the best by ``min_delta``."""
 
@@ -35,6 +47,19 @@ class NSCParameters(Strict):
 
     The paper: AdamW from 0.4, learning rate 1e-3 and 100 steps for vision models, 3e-4 and 500 steps for
     language models, target modules in the last quarter of the blocks.
+
+    Attributes:
+        stop_at_alone: a task whose ratio has come down to that of its adapter alone gets no more gradient
+            until it is above again. Below that level the ratio is lower than training made it, and a lower
+            ratio is no longer a sign of a better merge. Not in the paper; off by default.
+        signal_rows: unlabeled rows of every task on which the signal is measured before and after, see
+            ``nsc_fast.signal``; 0 for no measurement. It changes nothing about the coefficients.
+        checkpointing: what is computed again in the backward pass instead of kept: whole blocks ("always"),
+            their feed-forward parts, or nothing. "auto" is nothing, or what a memory budget asks for. It
+            changes nothing about the coefficients, as the next two do not.
+        offload: what a checkpointed block keeps waits in the host's memory.
+        micro_batch: sequences of each task in one forward pass at most. Default: the batch.
+        packing: whether sequences go through the model in one row without padding.
     """
 
     granularity: Literal["task", "layer", "module", "rank"] = "layer"
@@ -49,13 +74,34 @@ class NSCParameters(Strict):
     scope: Scope = Scope()
     batching: Literal["auto", "always", "never"] = "auto"
     log_coefficients_every: int = Field(10, ge=1)
+    stop_at_alone: bool = False
+    signal_rows: int = Field(32, ge=0)
+    checkpointing: Literal["auto", "never", "feed_forward", "always"] = "auto"
+    offload: bool = False
+    micro_batch: int | None = Field(None, ge=1)
+    packing: Literal["auto", "always", "never"] = "never"
+
+    @property
+    def recompute(self) -> Literal["never", "feed_forward", "always"]:
+        """``checkpointing`` with "auto" decided: nothing is computed again unless a plan said so."""
+        return "never" if self.checkpointing == "auto" else self.checkpointing
+
+    @model_validator(mode="after")
+    def _offloaded(self) -> NSCParameters:
+        if self.offload and self.recompute == "never":
+            raise ValueError("offload moves what checkpointed blocks keep: set checkpointing to 'always'")
+        return self
+
+    @model_validator(mode="after")
+    def _measured(self) -> NSCParameters:
+        if self.stop_at_alone and self.signal_rows == 0:
+            raise ValueError("stop_at_alone needs the ratios of the adapters alone: set signal_rows above 0")
+        return self
 
     @field_validator("preferences")
     @classmethod
     def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value is not None and (any(v < 0 for v in value.values()) or sum(value.values()) <= 0):
-            raise ValueError("preferences must not be negative and must not all be zero")
-        return value
+        return positive(value)
 
     def rate_at(self, step: int) -> float:
         """Factor on the learning rate at a step (from 0)."""

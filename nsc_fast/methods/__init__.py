@@ -16,6 +16,9 @@ __all__ = ["MergeInputs", "Method", "get", "names"]
 # Name -> module that defines METHOD. Loaded on use.
 _MODULES = {
     "nsc": "nsc",
+    "anchored": "anchored",
+    "closed_form": "closed_form",
+    "auto": "auto",
     "adamerging": "adamerging",
     "task_arithmetic": "task_arithmetic",
     "uniform": "uniform",

@@ -95,6 +95,8 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
         seed=inputs.seed,
         impl=inputs.impl,
         on_step=inputs.on_step,
+        checkpoints=inputs.checkpoints,
+        processes=inputs.processes,
         objective=lambda model, installation: EntropyObjective(
             model,
             installation,

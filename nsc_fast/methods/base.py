@@ -17,7 +17,9 @@ from ..result import MergeResult
 if TYPE_CHECKING:
     from ..adapters import LoraFactors
     from ..batches import Batch
+    from ..checkpoint import Checkpoints
     from ..driver import StepRecord
+    from ..processes import Processes
 
 __all__ = [
     "MergeInputs",
@@ -48,6 +50,8 @@ class MergeInputs:
         seed: for methods that draw random numbers; always through a generator of their own.
         impl: "auto", "triton" or "torch".
         on_step: called after each optimisation step.
+        checkpoints: where an optimisation is kept, so that it can go on after an interruption.
+        processes: among which the batches of a step are divided. Default: this one alone.
     """
 
     updates: Mapping[str, Mapping[str, LowRankUpdate]]
@@ -59,6 +63,8 @@ class MergeInputs:
     seed: int = 0
     impl: str = "auto"
     on_step: Callable[[StepRecord], None] | None = None
+    checkpoints: Checkpoints | None = None
+    processes: Processes | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ class EntropyObjective:
     preferences: Mapping[str, float] | None = None
     bounds: tuple[float, float] | None = None
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    finished: bool = False
 
     def __post_init__(self) -> None:
         accepted = inspect.signature(self.model.forward).parameters

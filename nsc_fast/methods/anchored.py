@@ -1,0 +1,146 @@
+"""Anchored merging: the merged model reproduces what each adapter alone makes of its own task's rows.
+
+What is minimised is the distance of :mod:`nsc_fast.objectives.anchored`, over merge coefficients or over the
+cores between the stacked factors. It starts at task arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from ..checkpoint import digest
+from ..driver import check_data, minimise, restored
+from ..errors import MergeError
+from ..layers import install, remove
+from ..objectives.anchored import Anchor, AnchoredObjective, Anchors, anchors
+from ..objectives.cores import install_cores, remove_cores
+from ..parameters import EarlyStopping, NSCParameters, Strict, positive
+from ..result import MergeResult
+from .base import MergeInputs, Method, linear_result, modules_of, plain_result
+from .measured import sampled, with_signal
+
+
+class Parameters(Strict):
+    """
+    Attributes:
+        granularity: "core", an R x R matrix a module between the stacked factors, or merge coefficients per
+            "task", "layer" (block), "module" or "rank".
+        rows: unlabeled rows of every task; the states of all of them stay in memory.
+        steps: optimisation steps, each with one batch of every task.
+        learning_rate: of AdamW.
+        init: merge coefficient at the start, for tasks without a weight.
+        preferences: weight of every task, normalised.
+        signal_rows: rows of every task on which the null-space signal is measured (``nsc_fast.signal``), for
+            the report alone; 0 for no measurement.
+    """
+
+    granularity: Literal["core", "rank", "module", "layer", "task"] = "core"
+    rows: int = Field(256, ge=1)
+    steps: int = Field(200, ge=1)
+    learning_rate: float = Field(5e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    init: float = 0.4
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    early_stopping: EarlyStopping | None = None
+    preferences: dict[str, float] | None = None
+    log_coefficients_every: int = Field(10, ge=1)
+    signal_rows: int = Field(32, ge=0)
+
+    @field_validator("preferences")
+    @classmethod
+    def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        return positive(value)
+
+    rate_at = NSCParameters.rate_at
+
+
+def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
+    if inputs.model is None or inputs.data is None:
+        raise MergeError("method 'anchored' needs the base model and unlabeled data of every task")
+    check_data(inputs.updates, inputs.data)
+    modules_of(inputs)
+    batches, inputs = sampled(inputs, parameters.rows)
+    result = fit(inputs, anchors(inputs.model, inputs.updates, batches), parameters)
+    return with_signal(inputs, result, parameters.init, parameters.signal_rows)
+
+
+def fit(inputs: MergeInputs, fixed: dict[str, Anchors], parameters: Parameters) -> MergeResult:
+    """The merge from anchors that are there already."""
+    model = inputs.model
+    init = {task: float(inputs.weights.get(task, parameters.init)) for task in inputs.tasks}
+    streams = {task: AnchorStream(own, inputs.seed) for task, own in fixed.items()}
+    more = {"measure": "distance to the adapter alone"}
+    with restored(model):
+        try:
+            if parameters.granularity == "core":
+                installation = install_cores(model, inputs.updates, init)
+            else:
+                installation = install(
+                    model,
+                    inputs.updates,
+                    granularity=parameters.granularity,
+                    init=init,
+                    impl=inputs.impl,
+                )
+            objective = AnchoredObjective(model, installation, fixed, parameters.preferences)
+            kept = inputs.checkpoints, inputs.processes
+            history, interrupted = minimise(objective, streams, parameters, inputs.on_step, *kept)
+            more |= {"history": tuple(history), "interrupted": interrupted}
+        finally:
+            remove(model)
+            remove_cores(model)
+    if parameters.granularity == "core":
+        result = plain_result("anchored", inputs, parameters, installation.coefficients.updates())
+        return replace(result, **more)
+    return linear_result("anchored", inputs, parameters, installation.coefficients.by_module(), **more)
+
+
+class AnchorStream:
+    """Endless anchors of one task, in an order that a seed fixes.
+
+    All tasks are shuffled alike, so that where lists were sorted alike, batches of like length meet.
+    """
+
+    def __init__(self, fixed: Anchors, seed: int) -> None:
+        self._fixed = fixed
+        self._generator = torch.Generator().manual_seed(seed)
+        self._order: list[int] = []
+
+        self.seen = ""
+
+    def watch(self) -> str:
+        """Digest of the rows."""
+        inputs = [item for anchor in self._fixed.batches for item in sorted(anchor.inputs.items())]
+        return digest(inputs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        return {"generator": self._generator.get_state(), "order": list(self._order)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Back to what ``state_dict`` returned."""
+        self._generator.set_state(state["generator"])
+        self._order = list(state["order"])
+
+    def next(self) -> Anchor:
+        if not self._order:
+            count = len(self._fixed.batches)
+            self._order = torch.randperm(count, generator=self._generator).tolist()
+        return self._fixed.batches[self._order.pop()]
+
+
+METHOD = Method(
+    name="anchored",
+    parameters=Parameters,
+    run=run,
+    needs_data=True,
+    paper="the adapters' own states as targets, without labels; see nsc_fast.objectives.anchored",
+    output_rank="sum of ranks",
+    cost="forward and backward passes over unlabeled data, two forward passes for the anchors",
+)

@@ -1,0 +1,210 @@
+"""Several merges, judged without labels on rows that none of them was fitted to; the best one is returned.
+
+A merge is judged by how far its last states are from those of each adapter alone on the adapter's own task
+(:mod:`nsc_fast.objectives.score`). Candidates that need no data are there at several settings, so that the
+result is, by that score, never behind them; the others are fitted to the remaining rows.
+
+A fitted merge lowers the very distance it is judged by, so that at equal distance it is worth less than one
+that was not fitted. It is chosen only where it is clearly nearer than every merge that needs no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pydantic import Field, field_validator
+
+from ..batches import Batch, rows
+from ..driver import check_data
+from ..errors import MergeError
+from ..objectives.anchored import Anchors, anchors
+from ..objectives.least_squares import second_moments
+from ..objectives.score import Score, held_out, score
+from ..parameters import Strict
+from ..result import MergeResult
+from . import anchored, closed_form
+from .base import MergeInputs, Method, modules_of
+from .measured import sampled, with_signal
+
+
+class Parameters(Strict):
+    """
+    Attributes:
+        rows: unlabeled rows of every task; a quarter of them is held out.
+        data_free: methods without data that compete, with their published defaults.
+        scales: coefficients of task arithmetic that compete.
+        closed_form_scales: of the closed form; empty to leave it out.
+        anchored_steps: of anchored merging, which starts from the best of ``scales``; 0 to leave it out.
+        anchored_rate: its learning rate.
+        margin: a fitted merge may be chosen where its value is at most so many times the lowest value of a
+            merge that needs no data.
+        signal_rows: rows of every task on which the null-space signal is measured (``nsc_fast.signal``), for
+            the report alone; 0 for no measurement.
+    """
+
+    rows: int = Field(256, ge=2)
+    data_free: tuple[str, ...] = ("iso_c", "tsv", "knots_ties")
+    scales: tuple[float, ...] = Field((0.2, 0.3, 0.4, 0.5, 0.7), min_length=1)
+    closed_form_scales: tuple[float, ...] = (1.0, 1.3, 1.6)
+    anchored_steps: int = Field(200, ge=0)
+    anchored_rate: float = Field(5e-3, gt=0)
+    margin: float = Field(0.8, ge=0)
+    signal_rows: int = Field(32, ge=0)
+
+    @field_validator("data_free")
+    @classmethod
+    def _without_data(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        from . import get
+
+        for name in value:
+            method = get(name)
+            if method.needs_data or not method.one_model:
+                raise ValueError(f"{name!r} is no method that gives one merge without data")
+        return value
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A candidate and its score."""
+
+    label: str
+    result: MergeResult
+    score: Score
+    fitted: bool
+
+    def eligible(self, limit: float) -> bool:
+        """Whether it may be chosen."""
+        return not self.fitted or self.score.value <= limit
+
+
+def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
+    if inputs.model is None or inputs.data is None:
+        raise MergeError("method 'auto' needs the base model and unlabeled data of every task")
+    check_data(inputs.updates, inputs.data)
+    modules_of(inputs)
+    if inputs.weights:
+        raise MergeError(
+            "method 'auto' finds the coefficients itself: leave the weights out, or choose a method that "
+            "takes them, such as 'anchored'"
+        )
+    batches, inputs = sampled(inputs, parameters.rows)
+    try:
+        fitted, kept = held_out(batches)
+    except ValueError as error:
+        raise MergeError(str(error)) from error
+    judge = _Judge(inputs, anchors(inputs.model, inputs.updates, kept))
+    for name, own in _candidates(inputs, parameters):
+        judge.add(name, own)
+    start = min((one for one in judge.judged if one.label.startswith("task_arithmetic")), key=_value)
+    if parameters.closed_form_scales:
+        moments = second_moments(inputs.model, inputs.updates, fitted)
+        for scale in parameters.closed_form_scales:
+            chosen = closed_form.Parameters(scale=scale, rows=parameters.rows)
+            judge.add(
+                f"closed_form {scale:g}", lambda c=chosen: closed_form.solve(inputs, moments, c), fitted=True
+            )
+    if parameters.anchored_steps:
+        chosen = anchored.Parameters(
+            rows=parameters.rows,
+            steps=parameters.anchored_steps,
+            learning_rate=parameters.anchored_rate,
+            init=start.result.parameters["scaling"],
+        )
+        fixed = anchors(inputs.model, inputs.updates, fitted)
+        judge.add(f"anchored from {start.label}", lambda: anchored.fit(inputs, fixed, chosen), fitted=True)
+    result = _finished(parameters, judge, _cost(parameters, judge, fitted))
+    return with_signal(inputs, result, start.result.parameters["scaling"], parameters.signal_rows)
+
+
+def _candidates(inputs: MergeInputs, parameters: Parameters) -> list[tuple[str, Callable[[], MergeResult]]]:
+    """Those without data."""
+    from . import get
+
+    out: list[tuple[str, Callable[[], MergeResult]]] = []
+    arithmetic = get("task_arithmetic")
+    for scale in parameters.scales:
+        chosen = arithmetic.parameters(scaling=scale)
+        out.append((f"task_arithmetic {scale:g}", lambda c=chosen: arithmetic.run(inputs, c)))
+    for name in parameters.data_free:
+        method = get(name)
+        out.append((name, lambda m=method: m.run(inputs, m.parameters())))
+    return out
+
+
+@dataclass
+class _Judge:
+    """Makes candidates and keeps what they are worth."""
+
+    inputs: MergeInputs
+    fixed: Mapping[str, Anchors]
+
+    def __post_init__(self) -> None:
+        self.judged: list[_Judged] = []
+
+    def add(self, label: str, make: Callable[[], MergeResult], *, fitted: bool = False) -> None:
+        result = make()
+        found = score(self.inputs.model, result.updates, self.fixed)
+        self.judged.append(_Judged(label, result, found, fitted))
+
+
+def _value(one: _Judged) -> float:
+    return one.score.value
+
+
+def _cost(parameters: Parameters, judge: _Judge, fitted: Mapping[str, Sequence[Batch]]) -> str:
+    """What was run, in rows of all tasks together."""
+    kept = sum(own.rows for own in judge.fixed.values())
+    rest = sum(rows(batch) for own in fitted.values() for batch in own)
+    # Base model and adapter alone on the held-out rows, then each candidate.
+    forward = (2 + len(judge.judged)) * kept
+    if parameters.closed_form_scales:
+        forward += rest
+    told = ""
+    if parameters.anchored_steps:
+        forward += 2 * rest
+        done = next(one.result for one in judge.judged if one.label.startswith("anchored"))
+        told = f", and {len(done.history)} optimisation steps"
+    return f"{forward} rows forward{told}"
+
+
+def _finished(parameters: Parameters, judge: _Judge, cost: str) -> MergeResult:
+    """The best candidate, with the reasons."""
+    ranked = sorted(judge.judged, key=_value)
+    limit = parameters.margin * min(_value(one) for one in ranked if not one.fitted)
+    best = next(one for one in ranked if one.eligible(limit))
+    held = ", ".join(f"{task} {own.rows}" for task, own in judge.fixed.items())
+    notices = (
+        f"auto chose {best.label} among {len(ranked)} merges. Distance to each adapter alone on held-out "
+        f"rows ({held}), 1 is the base model; ordered by half the mean and half the worst:\n"
+        f"{_table(ranked, limit)}\n  cost: {cost}",
+    )
+    return replace(
+        best.result,
+        method="auto",
+        parameters=parameters.model_dump(mode="json"),
+        notices=(*best.result.notices, *notices),
+    )
+
+
+def _table(ranked: list[_Judged], limit: float) -> str:
+    """One line a candidate, best first."""
+    lines = [
+        f"  {one.label}: {one.score.value:.3f} (mean {one.score.mean:.3f}, "
+        + ", ".join(f"{task} {value:.3f}" for task, value in one.score.distances.items())
+        + ")"
+        + ("" if one.eligible(limit) else f"; not chosen: fitted, and above {limit:.3f}")
+        for one in ranked
+    ]
+    return "\n".join(lines)
+
+
+METHOD = Method(
+    name="auto",
+    parameters=Parameters,
+    run=run,
+    needs_data=True,
+    paper="choice among the other methods by agreement with the adapters alone, without labels",
+    output_rank="that of the chosen candidate, sum of ranks at most for most",
+    cost="that of 'anchored', and one forward pass over a quarter of the rows for each candidate",
+)

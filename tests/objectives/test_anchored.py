@@ -1,0 +1,254 @@
+"""Distance, gradients and the run of anchored merging against plain autograd with merged weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compare import error
+from pydantic import ValidationError
+from tiny import (
+    MLP_MODULES,
+    Mlp,
+    canonical_adapters,
+    linear_names,
+    random_adapters,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    token_batch,
+)
+from torch.func import functional_call
+
+from nsc_fast.errors import MergeError
+from nsc_fast.layers import MergedLinear, install, remove
+from nsc_fast.methods import MergeInputs, anchored
+from nsc_fast.objectives.anchored import AnchoredObjective, anchors, states
+from nsc_fast.objectives.cores import CoreLinear, install_cores, remove_cores
+from nsc_fast.objectives.score import score
+
+RANKS = {"one": 2, "two": 3}
+# The root of the second moments has the rounding of its smallest eigenvalues, about 1e-8.
+MODELS = {
+    "bert": (tiny_bert, ("query", "value", "dense"), ".layer.", "bert"),
+    "llama": (tiny_llama, ("q_proj", "v_proj", "down_proj"), "layers.", "model"),
+    "gpt2": (tiny_gpt2, ("c_attn", "c_fc"), ".h.", "transformer"),
+}
+
+
+def _tokens(states, keep):
+    return states[keep]
+
+
+def _means(states, keep):
+    return torch.stack([row[own].mean(0) for row, own in zip(states, keep, strict=True)])
+
+
+class Job:
+    def __init__(self, kind="bert", dtype=torch.float64, own_modules=False):
+        make, ends, place, self.inner = MODELS[kind]
+        self.model = make(dtype)
+        modules = [n for n in linear_names(self.model, ends) if place in n]
+        own = {"one": modules, "two": modules[1:]} if own_modules else modules
+        self.raw = random_adapters(self.model, own, RANKS)
+        self.updates = canonical_adapters(self.raw)
+        self.data = {
+            t: [token_batch(2, 6, seed=10 * k + i, padding=k) for i in range(4)] for k, t in enumerate(RANKS)
+        }
+
+    def states(self, deltas, batch):
+        """Last states with full weights."""
+        weights = {n: p.detach() for n, p in self.model.named_parameters()}
+        for module, delta in deltas.items():
+            transposed = hasattr(self.model.get_submodule(module), "nf")
+            weights[f"{module}.weight"] = weights[f"{module}.weight"] + (delta.T if transposed else delta)
+        prefix = f"{self.inner}."
+        inner = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        return states(functional_call(getattr(self.model, self.inner), inner, args=(), kwargs=batch))
+
+    def eager(self, merged, batches):
+        """Mean distance by the formula, differentiable in what ``merged`` holds."""
+        total = 0.0
+        for task, batch in batches.items():
+            own = {m: u.dense() for m, u in self.updates[task].items()}
+            pairs = [
+                (self.states({}, b), self.states(own, b), b["attention_mask"].bool()) for b in self.data[task]
+            ]
+            moved = [(h - h0, keep) for h0, h, keep in pairs]
+            keep = batch["attention_mask"].bool()
+            off = self.states(merged, batch) - self.states(own, batch)
+            for view in (_tokens, _means):
+                step, now = torch.cat([view(*pair) for pair in moved]), view(off, keep)
+                values, vectors = torch.linalg.eigh(step.T @ step / len(step))
+                root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+                metric = root / root.trace() + 0.1 * torch.eye(len(root)) / len(root)
+                base = torch.einsum("ni,ij,nj->n", step, metric, step).mean()
+                here = torch.einsum("ni,ij,nj->n", now, metric, now).mean()
+                total = total + here / base / 2 / len(batches)
+        return total
+
+    def run(self, **parameters):
+        inputs = MergeInputs(updates=self.updates, model=self.model, data=self.data)
+        return anchored.METHOD.run(inputs, anchored.Parameters(**parameters))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients_of_merged_layers_are_those_of_merged_weights(kind):
+    job = Job(kind, own_modules=True)
+    fixed = anchors(job.model, job.updates, job.data)
+    start = {"one": 0.3, "two": 0.7}
+    modules = list(job.updates["one"])
+    values = {
+        m: {t: torch.tensor(start[t], dtype=torch.float64, requires_grad=True) for t in RANKS}
+        for m in modules
+    }
+    merged = {
+        m: sum(values[m][t] * job.updates[t][m].dense() for t in RANKS if m in job.updates[t])
+        for m in modules
+    }
+    batches = {t: own[1] for t, own in job.data.items()}
+    loss = job.eager(merged, batches)
+    loss.backward()
+    installation = install(job.model, job.updates, granularity="module", init=start)
+    try:
+        objective = AnchoredObjective(job.model, installation, fixed)
+        got, _ = objective.losses({t: own.batches[1] for t, own in fixed.items()})
+        assert got == pytest.approx(float(loss.detach()), rel=1e-7)
+        for module in modules:
+            expected = [values[module][t].grad for t in RANKS if module in job.updates[t]]
+            found = installation.coefficients.values[module.replace(".", "/")].grad
+            assert error(found, torch.stack(expected)) < 1e-6
+    finally:
+        remove(job.model)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients_of_the_cores_are_those_of_merged_weights(kind):
+    job = Job(kind)
+    fixed = anchors(job.model, job.updates, job.data)
+    installation = install_cores(job.model, job.updates, {"one": 0.3, "two": 0.7})
+    try:
+        objective = AnchoredObjective(job.model, installation, fixed)
+        batches = {t: own[0] for t, own in job.data.items()}
+        got, _ = objective.losses({t: own.batches[0] for t, own in fixed.items()})
+        layers = {n: m for n, m in job.model.named_modules() if isinstance(m, CoreLinear)}
+        cores = {n: installation.coefficients.of(n) for n in layers}
+    finally:
+        remove_cores(job.model)
+    copies = {n: x.detach().clone().requires_grad_() for n, x in cores.items()}
+    merged = {n: layers[n].columns @ copies[n] @ layers[n].basis for n in layers}
+    loss = job.eager(merged, batches)
+    assert got == pytest.approx(float(loss.detach()), rel=1e-7)
+    for name, gradient in zip(copies, torch.autograd.grad(loss, list(copies.values())), strict=True):
+        assert error(cores[name].grad, gradient) < 1e-6
+
+
+def test_an_adapter_is_at_distance_zero_and_the_base_model_at_one():
+    job = Job()
+    fixed = anchors(job.model, job.updates, job.data)
+    assert score(job.model, {}, fixed).distances == pytest.approx(dict.fromkeys(RANKS, 1.0))
+    for task, own in job.updates.items():
+        assert score(job.model, own, fixed).distances[task] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_padding_does_not_matter():
+    job = Job()
+    fixed = anchors(job.model, job.updates, job.data)
+    for batch in job.data["two"]:
+        batch["input_ids"] = torch.where(batch["attention_mask"] == 0, 9, batch["input_ids"])
+    again = anchors(job.model, job.updates, job.data)
+    for ours, theirs in zip(again["two"].metrics, fixed["two"].metrics, strict=True):
+        assert error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("granularity", ["core", "rank", "module", "layer", "task"])
+def test_the_distance_goes_down_and_the_model_comes_back(granularity):
+    job = Job()
+    modules = dict(job.model.named_modules())
+    frozen = [p.requires_grad for p in job.model.parameters()]
+    result = job.run(granularity=granularity, steps=40, learning_rate=0.03)
+    first, last = result.history[0].loss, sum(r.loss for r in result.history[-4:]) / 4
+    assert last < 0.9 * first
+    assert all(m is modules[n] for n, m in job.model.named_modules())
+    assert frozen == [p.requires_grad for p in job.model.parameters()]
+    assert (result.coefficients is None) == (granularity == "core")
+    assert result.measure != "null-space ratio"
+
+
+def test_the_merged_update_is_what_was_optimised():
+    """One LoRA: columns times core times basis, of the sum of the ranks at most."""
+    job = Job()
+    fixed = anchors(job.model, job.updates, job.data)
+    inputs = MergeInputs(updates=job.updates, model=job.model, data=job.data)
+    result = anchored.fit(inputs, fixed, anchored.Parameters(steps=20))
+    assert all(update.rank <= sum(RANKS.values()) for update in result.updates.values())
+    merged = {m: u.dense() for m, u in result.updates.items()}
+    expected = float(job.eager(merged, {t: own[0] for t, own in job.data.items()}))
+    judged = {t: replace(own, batches=own.batches[:1]) for t, own in fixed.items()}
+    assert score(job.model, result.updates, judged).mean == pytest.approx(expected, rel=1e-7)
+    assert expected < 0.99 * float(job.eager(start(job), {t: own[0] for t, own in job.data.items()}))
+
+
+def start(job):
+    """Task arithmetic at the initial coefficient."""
+    return {m: sum(0.4 * own[m].dense() for own in job.updates.values()) for m in job.updates["one"]}
+
+
+def test_two_runs_give_the_same_bits():
+    a, b = (Job(dtype=torch.float32).run(steps=5) for _ in range(2))
+    assert a.history == b.history
+    assert all(torch.equal(a.updates[m].columns, b.updates[m].columns) for m in a.updates)
+
+
+def test_ctrl_c_keeps_what_there_is():
+    job = Job()
+
+    def on_step(record):
+        if record.step == 3:
+            raise KeyboardInterrupt
+
+    inputs = MergeInputs(updates=job.updates, model=job.model, data=job.data, on_step=on_step)
+    result = anchored.METHOD.run(inputs, anchored.Parameters(steps=50))
+    assert result.interrupted and len(result.history) == 3
+    assert not any(isinstance(m, CoreLinear | MergedLinear) for m in job.model.modules())
+
+
+def test_a_model_that_is_no_transformer():
+    torch.manual_seed(0)
+    model = Mlp().double()
+    updates = canonical_adapters(random_adapters(model, MLP_MODULES, RANKS))
+    data = {t: [{"x": torch.randn(4, 8, dtype=torch.float64)} for _ in range(3)] for t in RANKS}
+    inputs = MergeInputs(updates=updates, model=model, data=data)
+    result = anchored.METHOD.run(inputs, anchored.Parameters(steps=60, learning_rate=0.03))
+    assert result.history[-1].loss < result.history[0].loss
+
+
+class TestBadInput:
+    def test_missing_and_empty_data(self):
+        job = Job()
+        job.data.pop("two")
+        with pytest.raises(MergeError, match="'two' has no unlabeled data"):
+            job.run()
+        job.data["two"] = []
+        with pytest.raises(MergeError, match="'two': the data holds no batch"):
+            job.run()
+
+    def test_not_finite(self):
+        job = Job()
+        job.model.get_input_embeddings().weight.data.fill_(float("nan"))
+        with pytest.raises(MergeError, match="states of task 'one' are not finite"):
+            job.run()
+
+    def test_a_learning_rate_that_overflows(self):
+        job = Job(dtype=torch.float32)
+        with pytest.raises(MergeError, match="distance of task '.*' is .*lower the learning rate"):
+            job.run(learning_rate=1e30, steps=20)
+
+    def test_an_adapter_that_does_nothing(self):
+        job = Job()
+        job.updates["one"] = {m: u.scaled(0.0) for m, u in job.updates["one"].items()}
+        with pytest.raises(MergeError, match="adapter of task 'one' changes nothing"):
+            job.run()
+
+    def test_parameters(self):
+        with pytest.raises(ValidationError):
+            anchored.Parameters(preferences={"one": -1.0})
