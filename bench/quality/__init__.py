@@ -1,0 +1,1 @@
+"""Quality of merged adapters on real tasks: training, merging, scoring and tables."""

@@ -1,0 +1,263 @@
+"""Smoke form of the quality benchmark: few steps on the demo's rows, which come with the package.
+
+Mechanics only: adapters of a few steps are worth nothing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.quality import phenomenon, run, suites, table, text, train
+from bench.quality.base import Suite, Task
+from bench.quality.tasks import DATA_VARIABLE, divide
+from nsc_fast.demo.encoder import MissingBaseModel, encoder_folder
+from nsc_fast.demo.tasks import DATA, read_rows
+from nsc_fast.errors import MergeError
+
+STEPS = 6
+MIXED, CLASSES = ("emobank", "ewt_pos", "snips"), ("snli", "scitail")
+
+
+def test_split_rows_are_disjoint_and_repeatable() -> None:
+    rows = list(range(1000))
+    trained, held_out = divide(rows, "train"), divide(rows, "held_out")
+    assert len(held_out) == 200 and sorted(trained + held_out) == rows
+    sample = divide(rows, "train", 50, seed=3)
+    assert sample == divide(rows, "train", 50, seed=3) != divide(rows, "train", 50, seed=4)
+    assert len(sample) == 50 and set(sample) <= set(trained)
+    assert divide(rows, "test", 5000) == rows
+
+
+def test_prefix_mask() -> None:
+    types = torch.tensor([[0, 0, 1, 1, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0]])
+    expected = [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1]]
+    assert text.prefix_mask(types, mask).tolist() == [[torch.tensor(expected).bool().tolist()]]
+
+
+def test_rank_correlation() -> None:
+    assert phenomenon.spearman([1, 2, 3, 4], [1, 8, 27, 64]) == 1.0
+    assert phenomenon.spearman([1, 2, 3], [3, 2, 1]) == -1.0
+    assert phenomenon.spearman([1, 1, 2], [5, 5, 5]) is None
+    # Ties take the mean rank: 1.5 1.5 3 against 1 2 3.
+    assert phenomenon.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.866, abs=1e-4)
+
+
+def test_cache_inside_the_repository_is_refused() -> None:
+    with pytest.raises(MergeError, match="inside the repository"):
+        train.cache_folder(Path(__file__).parent / "results" / "adapters")
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(MergeError, match="no suite 'txt'; there are text"):
+        suites.suite("txt")
+    with pytest.raises(MergeError, match="not JSON"):
+        run.parse("mine=nsc:{steps}", text.BASE)
+
+
+def test_table_of_known_numbers(tmp_path) -> None:
+    """Averages and worst over the seeds; a task at the share of the commonest class does not count."""
+    lines = [
+        {"kind": "run", "run": "r", "date": "d", "cpu": "c", "threads": 1, "torch": "t", "revision": "v"}
+    ]
+    fine_tuned = {"a": 0.8, "b": 0.5, "chance": 0.52}
+    shares = {
+        ("fine-tuned", 0): (1, 1, 1),
+        ("fine-tuned", 1): (1, 1, 1),
+        ("mine", 0): (0.9, 0.7, 2.0),
+        ("mine", 1): (0.8, 0.6, 0.1),
+    }
+    for (label, seed), values in shares.items():
+        for (task, own), share in zip(fine_tuned.items(), values, strict=True):
+            lines.append(
+                {
+                    "run": "r",
+                    "kind": "score",
+                    "suite": "s",
+                    "label": label,
+                    "seed": seed,
+                    "task": task,
+                    "status": "ok",
+                    "metric": "accuracy",
+                    "score": share * own,
+                    "fine_tuned": own,
+                    "normalised": share,
+                    "majority": 0.5 if task == "chance" else 0.3,
+                    "test_rows": 500,
+                    "seconds": {"preparation": 1.0, "optimisation": 2.0, "evaluation": 3.0},
+                    "peak_mib": 10.0,
+                }
+            )
+    lines.append(
+        {"run": "r", "kind": "score", "suite": "s", "label": "x", "status": "failed", "reason": "broke"}
+    )
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (results,) = table.read([path])
+    assert results.at_chance == ["chance"]
+    summary = table.summarise(results, "mine")
+    assert summary.average == pytest.approx((75.0, 50**0.5))
+    assert summary.worst == pytest.approx((65.0, 50**0.5)) and summary.worst_task == "b"
+    shown = table.markdown(results)
+    assert (
+        "| mine | 85.0 ± 7.1 | 65.0 ± 7.1 | 105.0 ± 134.4 | 75.0 ± 7.1 | 65.0 ± 7.1 (b) | 3.0 | 10 |" in shown
+    )
+    for seeds in results.scores.values():
+        for own in seeds.values():
+            del own["a"], own["b"]
+    assert "| mine | 105.0 ± 134.4 | – | – (no task counts) | 3.0 | 10 |" in table.markdown(results)
+    assert "x: failed: broke" in shown and "commonest class: chance." in shown
+
+
+def _small(name: str) -> Task:
+    return replace(suites.task("minilm", name), batch=8, steps=STEPS, max_length=32)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Data folder from the demo's rows, small tasks in two suites, checkpoints every three steps."""
+    try:
+        encoder_folder()
+    except MissingBaseModel as missing:
+        pytest.skip(str(missing))
+    folder = tmp_path_factory.mktemp("quality")
+    data = folder / "data"
+    data.mkdir()
+    sources = {"emobank": "emobank", "ewt_pos": "ewt_pos", "snli": "nli_snli", "scitail": "nli_scitail"}
+    for name, stem in sources.items():
+        rows = read_rows(DATA / f"{name}.test.jsonl.gz")
+        _write(data, stem, rows)
+        if name == "emobank":  # any text will do: the answer is its beginning
+            frames = [{"text": r["text"], "frame": " ".join(r["text"].lower().split()[:4])} for r in rows]
+            _write(data, "snips", frames)
+    tasks = {name: _small(name) for name in (*MIXED, *CLASSES)}
+    own = (Suite("mixed", "minilm", MIXED, "kinds"), Suite("classes", "minilm", CLASSES, "classes"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DATA_VARIABLE, str(data))
+        patch.setattr(suites, "SUITES", own)
+        patch.setattr(text, "TASKS", tuple(tasks.values()))
+        patch.setattr(text, "BASE", text.TextBase())
+        patch.setattr(train, "CHECKPOINT_EVERY", 3)
+        threads = torch.get_num_threads()
+        cache = folder / "cache"
+        for one in own:
+            train.main(["--suite", one.name, "--cache", str(cache)])
+        yield tasks, cache, folder
+        torch.set_num_threads(threads)
+
+
+def _write(data: Path, stem: str, rows: list[dict]) -> None:
+    for part, own in (("train", rows[:100]), ("test", rows[100:130])):
+        with gzip.open(data / f"{stem}.{part}.jsonl.gz", "wt", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for row in own)
+
+
+@pytest.mark.parametrize("task", MIXED)
+def test_training_writes_what_the_rest_needs(world, task) -> None:
+    tasks, cache, _ = world
+    folder = train.adapter_folder(cache, tasks[task], 0)
+    assert not list(folder.glob("*.partial")) and not (folder / "checkpoint.pt").exists()
+    record = json.loads((folder / "training.json").read_text())
+    assert record["train_rows"] == 80 and record["held_out_rows"] == 20 and record["steps"] == STEPS
+    assert [probe["step"] for probe in record["curve"]] == list(range(STEPS + 1))
+    last = record["curve"][-1]
+    assert len(last["ratio_per_module"]) == 36 and len(last["ratio_per_block"]) == 6
+    targets = [v for m, v in last["ratio_per_module"].items() if m.split(".")[2] in "45"]
+    assert last["ratio"] == pytest.approx(sum(targets) / 12, abs=2e-5)
+    assert all(0 < v < 1 for v in last["ratio_per_module"].values())
+    assert record["curve"][0]["loss"] is None and last["loss"] > 0
+
+
+def test_killed_training_continues_to_the_same_adapter(world, capsys) -> None:
+    tasks, cache, folder = world
+    task, out = tasks["ewt_pos"], folder / "again"
+    assert not train.train(task, text.BASE, out, stop_after=4)
+    assert (out / "checkpoint.pt").is_file() and not train.is_trained(out)
+    with pytest.raises(MergeError, match="belongs to a training with"):
+        train.train(task, text.BASE, out, steps=STEPS + 1)
+    assert train.train(task, text.BASE, out)
+    assert "continues from step 3" in capsys.readouterr().out
+    whole = train.adapter_folder(cache, task, 0)
+    for file in ("adapter_model.safetensors", "head.safetensors"):
+        one, other = load_file(whole / file), load_file(out / file)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(MergeError, match="trained with other settings"):
+        train.train(task, text.BASE, out, seed=1)
+
+
+def test_merge_score_and_table(world) -> None:
+    _, cache, folder = world
+    out = folder / "mixed.jsonl"
+    own = ['third=task_arithmetic:{"scaling": 0.25}', 'short=nsc:{"steps": 2}', "adamerging", "uniform"]
+    arguments = ["--suite", "mixed", "--cache", str(cache), "--out", str(out), "--rows", "15"]
+    assert run.main([*arguments, "--seeds", "0", "1", "--methods", *own]) == 0
+    first, *rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert first["kind"] == "run" and set(first["adapters"]) == set(MIXED) and first["torch"]
+    assert {row["status"] for row in rows if row["label"] == "adamerging"} == {"not applicable"}
+    scored = {(r["label"], r["seed"], r["task"]): r for r in rows if r["status"] == "ok"}
+    labels = ("fine-tuned", "base", "third", "short", "uniform (1/K)")
+    assert set(scored) == {(label, seed, task) for label in labels for seed in (0, 1) for task in MIXED}
+    for (label, seed, task), row in scored.items():
+        alone = scored["fine-tuned", seed, task]["score"]
+        assert row["fine_tuned"] == alone and row["normalised"] == pytest.approx(row["score"] / alone)
+        assert row["test_rows"] == 15 and row["run"] == first["run"]
+        if label == "short":
+            assert row["parameters"]["scope"]["layers"] == "last_quarter" and row["steps"] == 2
+    (results,) = table.read([out])
+    shown = table.markdown(results)
+    assert all(f"| {label} |" in shown for label in labels[1:]) and "adamerging: not applicable" in shown
+    assert not results.at_chance
+
+
+def test_a_failed_method_is_a_result_and_an_exit_status(world, monkeypatch, capsys) -> None:
+    _, cache, folder = world
+    out = folder / "failed.jsonl"
+    own = ['bad=knots_ties:{"density": 7}', "uniform"]
+    arguments = ["--suite", "classes", "--cache", str(cache), "--out", str(out), "--rows", "10"]
+    assert run.main([*arguments, "--methods", *own]) == 1
+    assert "failed: bad" in capsys.readouterr().err
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert any(r.get("status") == "failed" and "density" in r["reason"] for r in rows)
+    assert any(r.get("label") == "uniform (1/K)" and r["status"] == "ok" for r in rows)
+
+
+def test_predictions_are_looked_at_with_each_task_s_own_head(world) -> None:
+    """AdaMerging: the first loss is the mean entropy of both tasks' heads at the initial coefficients."""
+    _, cache, _ = world
+    shop = run.Workshop(suites.suite("classes"), cache, rows=10)
+    before = {name: p.clone() for name, p in shop.model.named_parameters()}
+    (one,) = run.parse('a=adamerging:{"steps": 1, "init": 0.0}', shop.base)
+    merged = shop.merge(one, 0)
+    classes = {"snli": 3, "scitail": 2}
+    assert 0 < merged.history[0].loss <= sum(torch.tensor(float(n)).log() for n in classes.values()) / 2
+    assert set(merged.updates) == set(shop.adapters["snli"].canonical())
+    assert all(torch.equal(before[name], p) for name, p in shop.model.named_parameters())
+
+
+def test_missing_adapters_are_named(world, tmp_path) -> None:
+    with pytest.raises(MergeError, match="snli, scitail not trained .* bench.quality.train --suite classes"):
+        run.Workshop(suites.suite("classes"), tmp_path)
+
+
+def test_phenomenon(world, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(phenomenon, "COEFFICIENTS", (0.2, 0.8))
+    monkeypatch.setattr(phenomenon, "SWEEP_ROWS", 15)
+    _, cache, folder = world
+    arguments = ["--suite", "mixed", "--cache", str(cache), "--out", str(folder), "--rows", "5"]
+    phenomenon.main([*arguments, "--method", "uniform"])
+    content = json.loads((folder / "phenomenon-mixed.json").read_text())
+    for task in MIXED:
+        own = content["samples"][task]
+        assert own["single"]["rows"] == 5 and len(own["merged"]["ratio"]) == 5
+        assert -1 <= own["single"]["spearman_ratio_loss"] <= 1
+        assert len(content["training"][task]["modules"]) == 36
+        assert len(content["merges"][task]["score"]) == 2
+    assert "<svg" in (folder / "phenomenon-mixed.svg").read_text()
