@@ -1,19 +1,54 @@
-"""Which adapted modules enter the loss: chosen by block range and by name.
+"""Which adapted modules enter the loss, chosen by block range and by name, and whose tokens they see.
 
-The paper takes all adapted modules of the last quarter of the blocks (its LLaVA runs: only ``v_proj``).
+The paper takes all adapted modules of the last quarter of the blocks (its LLaVA runs: only ``v_proj``). In a
+model with several lists of blocks (encoder and decoder, vision tower and language model) a range counts in
+each of them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from .coefficients import block_of
 
-__all__ = ["matches", "select_targets"]
+__all__ = ["matches", "routed", "select_targets", "tokens_of"]
 
 _LAST = re.compile(r"^last_(\d+)$")
 _RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
+_EXPERT = re.compile(r"(^|\.)(experts|local_experts)\.\d+(\.|$)")
+# Parts of a path below which other things than the tokens of the text are processed.
+_OTHER_INPUT = re.compile(
+    r"(^|[._])(vision|visual|image|img|video|audio|speech|projector|connector|merger|resampler|perceiver|"
+    r"qformer)([._]|$)"
+)
+_CROSSING = re.compile(r"(cross|enc_?dec|encoder_).*att", re.IGNORECASE)
+_FROM_ENCODER = ("k", "v", "kv", "k_proj", "v_proj", "kv_proj", "key", "value")
+
+
+def routed(modules: Iterable[str]) -> tuple[str, ...]:
+    """Modules inside the experts of a mixture: each sees the tokens that were routed to it.
+
+    They are merged like all others, but cannot enter the loss: nobody knows which tokens, of which task,
+    those are.
+    """
+    return tuple(module for module in modules if _EXPERT.search(module))
+
+
+def tokens_of(module: str) -> Literal["input", "decoder", "encoder", "other"]:
+    """Whose tokens a module receives, by its path.
+
+    "other" for vision and audio towers and what connects them to a language model; in the decoder of an
+    encoder-decoder model "decoder", except the keys and values of the cross-attention, which are "encoder".
+    """
+    if _OTHER_INPUT.search(module):
+        return "other"
+    parts = module.split(".")
+    if "decoder" not in parts:
+        return "input"
+    crossing = any(_CROSSING.search(part) for part in parts[parts.index("decoder") + 1 :])
+    return "encoder" if crossing and parts[-1] in _FROM_ENCODER else "decoder"
 
 
 def matches(module: str, names: str | Sequence[str]) -> bool:
@@ -29,14 +64,14 @@ def select_targets(
     names: str | Sequence[str] | None = None,
     all_modules: Iterable[str] | None = None,
 ) -> tuple[str, ...]:
-    """Target modules J among the adapted ``modules``, in their order.
+    """Target modules J among the adapted ``modules``, in their order; never those that are ``routed``.
 
     Args:
         modules: adapted module paths, in the order of the model.
-        layers: "last_quarter", "last_N", "all", or block numbers such as "24-31" or "5". The blocks
-            counted are those of the stack ("model.layers") that comes last among the adapted modules.
+        layers: "last_quarter", "last_N", "all", or block numbers such as "24-31" or "5", counted in every
+            list of blocks ("model.layers") by itself.
         names: ends of module paths to keep ("v_proj", or a list). None: all.
-        all_modules: module paths of the whole model, which tell how many blocks the stack has. Default: the
+        all_modules: module paths of the whole model, which tell how many blocks a list has. Default: the
             adapted ones.
 
     Raises:
@@ -47,26 +82,35 @@ def select_targets(
     if not chosen:
         ends = sorted({m.rpartition(".")[2] for m in modules})
         raise ValueError(f"no adapted module ends in {names!r}; the adapters adapt {', '.join(ends)}")
+    experts = set(routed(chosen))
+    chosen = [m for m in chosen if m not in experts]
+    if not chosen:
+        raise ValueError(
+            f"the only modules to look at are experts of a mixture ({sorted(experts)[0]!r}, ...), and which "
+            "tokens are routed to them is not known; adapt the attention too, or use a method without a "
+            "null-space ratio"
+        )
     if layers == "all":
         return tuple(chosen)
-    stacks = [block[0] for m in chosen if (block := block_of(m)) is not None]
+    stacks = list(dict.fromkeys(block[0] for m in chosen if (block := block_of(m)) is not None))
     if not stacks:
         raise ValueError(
             f"layers={layers!r}: the adapted modules stand in no numbered blocks; use layers='all'"
         )
-    stack = stacks[-1]
-    numbers = {
-        block[1]
-        for m in (modules if all_modules is None else all_modules)
-        if (block := block_of(m)) is not None and block[0] == stack
-    }
-    first, last = _range(layers, max(numbers) + 1)
-    kept = [m for m in chosen if (b := block_of(m)) is not None and b[0] == stack and first <= b[1] <= last]
+    counts = dict.fromkeys(stacks, 0)
+    for module in modules if all_modules is None else all_modules:
+        if (block := block_of(module)) is not None and block[0] in counts:
+            counts[block[0]] = max(counts[block[0]], block[1] + 1)
+    ranges = {stack: _range(layers, count) for stack, count in counts.items()}
+    kept = [
+        m for m in chosen if (b := block_of(m)) is not None and ranges[b[0]][0] <= b[1] <= ranges[b[0]][1]
+    ]
     if not kept:
-        raise ValueError(
-            f"layers={layers!r} selects blocks {first} to {last} of {stack!r}, where no chosen module is "
-            f"adapted; {stack!r} has blocks 0 to {max(numbers)}"
+        told = " and ".join(
+            f"blocks {first} to {last} of {stack!r}" for stack, (first, last) in ranges.items()
         )
+        have = ", ".join(f"{stack!r} has blocks 0 to {count - 1}" for stack, count in counts.items())
+        raise ValueError(f"layers={layers!r} selects {told}, where no chosen module is adapted; {have}")
     return tuple(kept)
 
 

@@ -61,10 +61,25 @@ def test_the_quarter_is_that_of_the_model_not_of_the_adapted_blocks():
     assert blocks(select_targets(adapted)) == [3]
 
 
-def test_with_several_stacks_the_last_one_counts():
+def test_a_range_counts_in_every_list_of_blocks():
     vision = [f"vision.blocks.{i}.qkv" for i in range(12)]
-    assert select_targets(vision + LLAMA, all_modules=vision + LLAMA) == tuple(LLAMA[-6:])
-    assert select_targets(vision + LLAMA, names="qkv") == tuple(vision[-3:])
+    both = vision + LLAMA
+    assert select_targets(both, all_modules=both) == (*vision[-3:], *LLAMA[-6:])
+    assert select_targets(both, names="qkv") == tuple(vision[-3:])
+    assert select_targets(both, layers="last_1") == (vision[-1], *LLAMA[-3:])
+    assert select_targets(both, layers="8-31") == tuple(vision[-4:])
+    with pytest.raises(
+        ValueError, match="'vision.blocks' has blocks 0 to 11, 'model.layers' has blocks 0 to 7"
+    ):
+        select_targets(both, layers="12-13")
+
+
+def test_experts_of_a_mixture_are_no_targets():
+    experts = [f"model.layers.{i}.mlp.experts.{j}.w1" for i in range(2) for j in range(3)]
+    attention = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert select_targets(attention + experts) == (attention[1],)
+    with pytest.raises(ValueError, match="the only modules to look at are experts"):
+        select_targets(attention + experts, names="w1")
 
 
 def test_modules_outside_blocks_count_with_all_only():

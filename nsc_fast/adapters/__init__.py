@@ -7,6 +7,7 @@ from nsc_fast.adapters.check import (
     folder_shapes,
     module_shapes,
 )
+from nsc_fast.adapters.dense import dense_updates
 from nsc_fast.adapters.live import from_peft_model
 from nsc_fast.adapters.model import Adapter, AdapterError, LoraFactors, Problem
 from nsc_fast.adapters.read import Inspection, inspect_adapter, read_adapter
@@ -23,6 +24,7 @@ __all__ = [
     "check_against_model",
     "common_base",
     "common_task_type",
+    "dense_updates",
     "fit_to_model",
     "folder_shapes",
     "from_peft_model",

@@ -102,6 +102,7 @@ class Adapter:
         config: the adapter's own config, untouched.
         heads: tensors of ``modules_to_save`` by path in the base model; only with
             ``modules_to_save="keep-separate"``.
+        dense: the same with ``modules_to_save="merge-dense"``, to be merged.
         notices: what the user should know although it does not stop the merge.
         digest: sha256 of the weights file (of the tensors for a live model).
         dtype: dtype of the factors as stored; several joined by ``+``.
@@ -114,6 +115,7 @@ class Adapter:
     modules: dict[str, LoraFactors]
     config: dict[str, Any]
     heads: dict[str, Tensor] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     digest: str = ""
     dtype: str = ""

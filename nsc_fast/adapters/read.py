@@ -36,8 +36,9 @@ def read_adapter(
         name: default: the last part of the path.
         revision: of the hub repository.
         subfolder: inside the folder or repository.
-        modules_to_save: heads that were trained whole are refused (``error``), left out
-            (``drop``) or handed over in ``Adapter.heads`` (``keep-separate``).
+        modules_to_save: modules that were trained whole are refused (``error``), left out
+            (``drop``) or handed over in ``Adapter.heads`` (``keep-separate``, for heads) or
+            ``Adapter.dense`` (``merge-dense``).
         offline: ``True`` uses the hub's local cache only; ``None`` leaves it to ``HF_HUB_OFFLINE``.
 
     Returns:

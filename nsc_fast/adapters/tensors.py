@@ -20,8 +20,8 @@ from nsc_fast.adapters.targets import target_problems
 
 __all__ = ["Examination", "ModulesToSave", "TensorHeader", "assemble", "examine"]
 
-ModulesToSave = Literal["error", "drop", "keep-separate"]
-POLICIES = ("error", "drop", "keep-separate")
+ModulesToSave = Literal["error", "drop", "keep-separate", "merge-dense"]
+POLICIES = ("error", "drop", "keep-separate", "merge-dense")
 
 _FLOATING = ("float64", "float32", "bfloat16", "float16")
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -276,10 +276,11 @@ def _judge_heads(config: Mapping[str, Any], found: Examination, policy: ModulesT
                 subject,
                 "whole modules were trained as well and are replaced, not added",
                 "modules_to_save=keep-separate keeps them beside the merge, one per adapter; "
-                "modules_to_save=drop leaves them out",
+                "modules_to_save=drop leaves them out; modules_to_save=merge-dense merges their differences "
+                "to the base (not of heads)",
             )
         )
-    elif policy == "keep-separate" and not found.heads:
+    elif policy in ("keep-separate", "merge-dense") and not found.heads:
         found.problems.append(
             Problem(
                 subject,
@@ -321,7 +322,7 @@ def assemble(
     if found.problems:
         raise AdapterError(f"adapter {name!r}", *found.problems)
     wanted = {key for pair in found.pairs.values() for key in pair}
-    if modules_to_save == "keep-separate":
+    if modules_to_save in ("keep-separate", "merge-dense"):
         wanted |= set(found.heads.values())
     tensors = {key: load(key) for key in sorted(wanted)}
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
@@ -342,9 +343,7 @@ def assemble(
         module: LoraFactors(tensors[a], tensors[b], scale.get(module, _scaling(config, module)))
         for module, (a, b) in found.pairs.items()
     }
-    heads = {}
-    if modules_to_save == "keep-separate":
-        heads = {path: tensors[key] for path, key in found.heads.items()}
+    whole = {path: tensors[key] for path, key in found.heads.items() if key in tensors}
     return Adapter(
         name=name,
         source=source,
@@ -352,7 +351,8 @@ def assemble(
         task_type=config.get("task_type"),
         modules=factors,
         config=dict(config),
-        heads=heads,
+        heads=whole if modules_to_save == "keep-separate" else {},
+        dense=whole if modules_to_save == "merge-dense" else {},
         notices=tuple(found.notices),
         digest=digest,
         dtype="+".join(sorted({headers[k].dtype for pair in found.pairs.values() for k in pair})),

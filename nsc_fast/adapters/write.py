@@ -28,7 +28,7 @@ from nsc_fast.adapters.source import CONFIG, WEIGHTS
 from nsc_fast.adapters.targets import Shapes, choose_targets, suffixes_of
 from nsc_fast.factors import LowRankUpdate
 
-__all__ = ["WriteReport", "write_lora"]
+__all__ = ["WriteReport", "check_replaceable", "replacing", "write_lora"]
 
 # PEFT adds a head to modules_to_save for these, and cannot load a file that has none.
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -70,6 +70,7 @@ def write_lora(
     revision: str | None = None,
     max_rank: int | None = None,
     dtype: torch.dtype = torch.float32,
+    whole: Mapping[str, Mapping[str, Tensor]] | None = None,
     extra_files: Mapping[str, bytes | str] | None = None,
     overwrite: bool = False,
 ) -> WriteReport:
@@ -86,6 +87,8 @@ def write_lora(
         revision: of the base, for the config.
         max_rank: truncates each module to its largest singular values.
         dtype: of the factors in the file.
+        whole: module path -> name below it -> tensor, of modules that replace the base's
+            (``modules_to_save``).
         extra_files: text or bytes by relative path, for example ``README.md``.
         overwrite: replaces an adapter folder, at the last moment.
 
@@ -103,14 +106,19 @@ def write_lora(
     _check_arguments(where, max_rank, dtype)
     _check_updates(where, updates, base_shapes)
     extra = _checked_extra(where, extra_files or {})
-    _check_replaceable(where, out, overwrite)
+    check_replaceable(where, out, overwrite)
+    whole = whole or {}
+    if base_shapes is not None and whole:
+        # PEFT must not look for factors in there.
+        inside = tuple(f"{module}." for module in whole)
+        base_shapes = {m: None if f"{m}.".startswith(inside) else s for m, s in base_shapes.items()}
     targets = sorted(updates) if base_shapes is None else choose_targets(updates, base_shapes)
     untouched = _untouched(updates, targets, base_shapes or {})
 
     kept: dict[str, tuple[float, float]] = {}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for path, update in updates.items():
-        rank = _numerical_rank(update)
+        rank = numerical_rank(update)
         part, share = update.truncate(max(1, min(rank, max_rank or rank)))
         factors[path] = part.balanced()
         kept[path] = share, update.energy
@@ -119,13 +127,18 @@ def write_lora(
         d_out, d_in = base_shapes[path]
         factors[path] = torch.zeros(0, d_in), torch.zeros(d_out, 0)
     tensors = _padded(where, factors, rank, dtype)
+    for path, own in whole.items():
+        for name, tensor in own.items():
+            cast = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
+            tensors[f"{PREFIX}{path}.{name}"] = _finite(where, path, name, cast)
     notices = []
     if task_type in _TASKS_WITH_HEAD:
         notices.append(f"task_type {task_type} left out of the config: PEFT would ask for a head")
         task_type = None
     config = _config(rank, targets, base_model, revision, task_type)
+    config["modules_to_save"] = sorted(whole) or None
 
-    with _replacing(where, out, overwrite) as folder:
+    with replacing(where, out, overwrite) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
@@ -187,7 +200,7 @@ def _check_updates(where: str, updates: Mapping[str, LowRankUpdate], shapes: Sha
         raise AdapterError(where, *problems)
 
 
-def _numerical_rank(update: LowRankUpdate) -> int:
+def numerical_rank(update: LowRankUpdate) -> int:
     """Number of singular values that float64 can tell from zero."""
     s = update.singular_values
     if s.numel() == 0:
@@ -210,18 +223,16 @@ def _padded(
         down, up = factors[path]
         missing = rank - down.shape[0]
         for side, factor in (("A", pad(down, (0, 0, 0, missing))), ("B", pad(up, (0, missing)))):
-            cast = factor.to("cpu", dtype).contiguous()
-            if not torch.isfinite(cast).all():
-                raise AdapterError(
-                    where,
-                    Problem(
-                        f"module {path!r}",
-                        f"lora_{side} does not fit into the range of {dtype}",
-                        "write bfloat16 or float32",
-                    ),
-                )
+            cast = _finite(where, path, f"lora_{side}", factor.to("cpu", dtype))
             tensors[f"{PREFIX}{path}.lora_{side}.weight"] = cast
     return tensors
+
+
+def _finite(where: str, path: str, name: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        reason = f"{name} does not fit into the range of {tensor.dtype}"
+        raise AdapterError(where, Problem(f"module {path!r}", reason, "write bfloat16 or float32"))
+    return tensor.contiguous()
 
 
 def _config(
@@ -239,7 +250,6 @@ def _config(
         "layers_to_transform": None,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {},
@@ -268,7 +278,12 @@ def _checked_extra(where: str, files: Mapping[str, bytes | str]) -> dict[str, by
     return {str(PurePosixPath(name)): content for name, content in files.items()}
 
 
-def _check_replaceable(where: str, out: Path, overwrite: bool) -> None:
+def check_replaceable(where: str, out: Path, overwrite: bool, *, marker: str = CONFIG) -> None:
+    """Whether ``out`` may be written: absent, empty, or to be overwritten and with ``marker`` in it.
+
+    Raises:
+        AdapterError: it may not.
+    """
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir():
@@ -280,19 +295,19 @@ def _check_replaceable(where: str, out: Path, overwrite: bool) -> None:
             where,
             Problem("folder", "exists and is not empty", "choose another one, or --overwrite"),
         )
-    if not (out / CONFIG).is_file():
+    if not (out / marker).is_file():
         raise AdapterError(
             where,
             Problem(
                 "folder",
-                f"is not replaced, because it is no adapter (no {CONFIG})",
+                f"is not replaced, because it is not what is written here (no {marker})",
                 "choose another one, or empty it yourself",
             ),
         )
 
 
 @contextlib.contextmanager
-def _replacing(where: str, out: Path, overwrite: bool) -> Iterator[Path]:
+def replacing(where: str, out: Path, overwrite: bool, *, marker: str = CONFIG) -> Iterator[Path]:
     """A temporary sibling of ``out``: becomes ``out`` when the block ends well, else vanishes."""
     out = out.resolve()  # so that a link to a folder stays a link
     new_parents = [p for p in out.parents if not p.exists()]
@@ -300,7 +315,7 @@ def _replacing(where: str, out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _check_replaceable(where, out, overwrite)  # somebody may have written there meanwhile
+        check_replaceable(where, out, overwrite, marker=marker)  # somebody may have written there meanwhile
         _swap(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
