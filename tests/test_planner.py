@@ -1,0 +1,291 @@
+import json
+
+import pytest
+import torch
+from compare import error
+from test_checkpointing import Case
+from tiny import linear_names, tiny_llama, token_batch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typer.testing import CliRunner
+
+from bench import plan as readme
+from nsc_fast.cli import app
+from nsc_fast.errors import MergeError
+from nsc_fast.footprint import FakeMerge
+from nsc_fast.layers import install
+from nsc_fast.memory import LiveBytes, checkpointed
+from nsc_fast.monitor import TokenBatch
+from nsc_fast.ops import merged_linear, torch_steps
+from nsc_fast.planner import RESERVE, Choice, Plan, Workload, workload
+from nsc_fast.recipe import make_recipe
+from nsc_fast.targets import select_targets
+
+ENDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TASKS, RANK = 3, 4
+
+
+def small_llama(device="cpu", blocks=6, vocabulary=60):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        max_position_embeddings=512,
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).eval()
+
+
+def names_of(model):
+    return linear_names(model, ENDS)
+
+
+def measured(recompute, rows, length, masked=True):
+    """Bytes kept and at the peak of one pass on real tensors, first pass of a run."""
+    from tiny import canonical_adapters, random_adapters
+
+    from nsc_fast.driver import Driver
+
+    model = small_llama()
+    names = names_of(model)
+    raw = random_adapters(model, names, {f"t{k}": RANK for k in range(TASKS)})
+    installation = install(
+        model, canonical_adapters(raw), targets=select_targets(names), on_recorded=lambda: None
+    )
+    driver = Driver(model, installation)
+    batch = token_batch(rows, length, seed=0, padding=1)
+    if not masked:
+        del batch["attention_mask"]
+    tasks = torch.zeros(rows, length, dtype=torch.int64)
+    fixed = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters(), tasks]
+    with checkpointed(model, installation.modules, recompute):
+        with LiveBytes().ignore([*fixed, *batch.values()]) as live:
+            loss = driver.forward(batch, TokenBatch(tasks))
+            kept = live.now
+            loss.backward()
+        installation.monitor.clear()
+    return kept, live.peak
+
+
+def counted(recompute, rows, length, masked=True):
+    skeleton = small_llama("meta")
+    names = names_of(skeleton)
+    ranks = {f"t{k}": dict.fromkeys(names, RANK) for k in range(TASKS)}
+    return FakeMerge(skeleton, ranks, select_targets(names)).run(rows, length, recompute, masked=masked)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("recompute", ["never", "feed_forward", "always"])
+def test_counts_on_fake_tensors_are_those_on_real_ones(recompute, masked):
+    kept, peak = measured(recompute, 3, 40, masked)
+    found = counted(recompute, 3, 40, masked)
+    assert found.kept == pytest.approx(kept, rel=0.05)
+    assert found.peak == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", ["never", "always"])
+def test_plan_extrapolates_to_other_sizes(recompute):
+    plan = Plan(small_work(), 10**12)
+    need = plan.need(Choice(recompute, False, 2, True), 48)
+    _, peak = measured(recompute, 2 * TASKS, 48)
+    assert need.device - plan.fixed == pytest.approx(peak, rel=0.1)
+
+
+def small_work(rows=4, length=64):
+    skeleton = small_llama("meta")
+    names = names_of(skeleton)
+    ranks = {f"t{k}": dict.fromkeys(names, RANK) for k in range(TASKS)}
+    weights = 4 * sum(p.numel() for p in skeleton.parameters())
+    return Workload(skeleton, ranks, select_targets(names), weights, 1000, rows, length)
+
+
+def test_factors_and_weights_are_those_of_the_installed_model():
+    work = small_work()
+    expected = sum(
+        TASKS * RANK * sum(m.weight.shape)
+        for name, m in work.skeleton.named_modules()
+        if isinstance(m, nn.Linear) and name.endswith(ENDS)
+    )
+    assert work.factor_numbers == expected
+    assert Plan(work, 1).fixed == work.weight_bytes + 4 * expected + RESERVE
+
+
+def test_a_smaller_budget_recomputes_more_and_takes_smaller_parts():
+    plan = Plan(small_work(), 10**12)
+    assert plan.chosen == Choice("never", False, 4, True)
+    order = list(plan.choices())
+    needs = {choice: plan.need(choice) for choice in order}
+    smallest = min(needs.values(), key=lambda n: n.device).device
+    for choice, need in needs.items():
+        plan.__dict__.pop("chosen", None)
+        plan.budget = need.device
+        assert order.index(plan.chosen) <= order.index(choice)
+        assert needs[plan.chosen].device <= plan.budget
+    assert needs[Choice("always", True, 1, False)].device == smallest
+    time = [needs[Choice(kind, False, 1, False)].time for kind in ("never", "always")]
+    assert 1.5 < time[0] < time[1] < time[0] + 1.6
+
+
+def test_a_budget_that_nothing_fits_says_the_smallest_need():
+    plan = Plan(small_work(), RESERVE)
+    with pytest.raises(MergeError, match="nothing fits into 1 GB: the smallest need is 1 GB"):
+        plan.chosen  # noqa: B018
+    assert plan.longest("never", False) == 0
+
+
+def test_longest_sequence_is_the_last_that_fits():
+    plan = Plan(small_work(), RESERVE + 10**8)
+    for kind in ("never", "always"):
+        longest = plan.longest(kind, False)
+        assert (
+            plan.need(Choice(kind), longest).device
+            <= plan.budget
+            < plan.need(Choice(kind), longest + 1).device
+        )
+    assert plan.longest("always", False) > 2 * plan.longest("never", False)
+
+
+def test_nothing_of_the_size_of_the_vocabulary_is_made():
+    case = Case()
+    tokens, vocabulary = 3 * 2 * 30, 5000
+    from tiny import canonical_adapters, random_adapters
+
+    from nsc_fast.driver import Driver
+
+    model = small_llama(blocks=2, vocabulary=vocabulary)
+    raw = random_adapters(model, names_of(model), {t: 2 for t in case.batches})
+    holder = []
+    installation = install(
+        model,
+        canonical_adapters(raw),
+        targets=select_targets(names_of(model)),
+        on_recorded=lambda: holder[0].count(),
+    )
+    holder.append(Driver(model, installation))
+    batches = {t: token_batch(2, 30, k, vocabulary=vocabulary) for k, t in enumerate(case.batches)}
+    for _ in range(2):
+        with LiveBytes() as live:
+            holder[0].losses(batches)
+        # The widest activation is that of the feed-forward part; the mask of padding is tokens x length.
+        assert 0 < live.largest <= tokens * 192 < tokens * vocabulary
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_half_precision_is_lifted_block_by_block(monkeypatch, bias):
+    n, d, block = 512, 256, 64
+    monkeypatch.setattr(torch_steps, "_BLOCK_BYTES", 4 * block * d)
+    wide = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            wide.extend(t.numel() for t in tree_leaves(out) if getattr(t, "dtype", None) == torch.float32)
+            return out
+
+    z = torch.randn(n, d).bfloat16().requires_grad_()
+    weight, offset = torch.randn(d, d).bfloat16(), torch.randn(d).bfloat16() if bias else None
+    basis = torch.linalg.qr(torch.randn(d, 4)).Q.T
+    columns, segment = torch.randn(d, 4), torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+    coefficients = torch.full((2,), 0.4, requires_grad=True)
+    task = torch.zeros(n, dtype=torch.int32)
+    factors = basis, columns, segment, coefficients
+    with Watch():
+        y, omega, _ = merged_linear(z, weight, offset, *factors, num_tasks=2, task=task, impl="torch")
+        (y.sum() + omega.sum()).backward()
+    assert max(wide) == block * d
+    want = (z.float() @ weight.float().T) + ((z.float() @ basis.T) * 0.4) @ columns.T
+    if bias:
+        want = want + offset.float()
+    assert error(y.float(), want) < 1e-2
+
+
+def test_peak_grows_with_the_tokens():
+    for recompute in ("never", "always"):
+        peaks = [measured(recompute, 2, length, masked=False)[1] for length in (32, 128)]
+        assert 3.6 <= peaks[1] / peaks[0] <= 4.4
+
+
+def test_readme_table_is_the_planners():
+    text = readme.README.read_text(encoding="utf-8")
+    stands = text.split(readme.BEGIN)[1].split(readme.END)[0].strip()
+    assert stands == readme.markdown()
+    assert "not measured" in stands
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe over real files: a base model's config, two adapters, data."""
+    import peft
+
+    base = tiny_llama(torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    adapters = []
+    for k in range(2):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(tiny_llama(torch.float32), config)
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        model.save_pretrained(tmp_path / f"a{k}")
+        (tmp_path / f"d{k}.jsonl").write_text(json.dumps({"text": "one row"}) + "\n")
+        adapters.append(
+            {
+                "name": f"t{k}",
+                "path": str(tmp_path / f"a{k}"),
+                "data": {"path": str(tmp_path / f"d{k}.jsonl"), "batch_size": 4, "max_length": 32},
+            }
+        )
+    return {"base_model": str(tmp_path / "base"), "adapters": adapters}
+
+
+def merge(tmp_path, recipe, *options):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe))
+    return CliRunner().invoke(app, ["merge", str(file), "--dry-run", "--device", "cuda", *options])
+
+
+def test_dry_run_prints_the_plan(tmp_path, recipe):
+    done = merge(tmp_path, recipe, "--max-memory", "24GB")
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert "plan: 4 sequences of each task in a pass, nothing computed again" in words
+    assert "computed, not measured" in words
+
+
+def test_quantised_base_takes_less(tmp_path, recipe):
+    plain = workload(make_recipe(recipe, where="test"))
+    linear = [m.weight.numel() for m in plain.skeleton.model.modules() if isinstance(m, nn.Linear)]
+    assert plain.weight_bytes == 4 * sum(p.numel() for p in plain.skeleton.parameters())
+    base = {"path": recipe["base_model"], "load_in_4bit": True}
+    packed = workload(make_recipe({**recipe, "base_model": base}, where="test"))
+    saved = plain.weight_bytes - packed.weight_bytes
+    assert saved == pytest.approx((4 - 0.5625) * sum(linear) - 4 * max(linear), abs=1)
+
+
+def test_base_whose_files_are_quantised_is_refused(tmp_path, recipe):
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(MergeError, match="quantised by gptq"):
+        workload(make_recipe(recipe, where="test"))
+
+
+def test_dry_run_with_a_budget_that_nothing_fits(tmp_path, recipe):
+    done = merge(tmp_path, recipe, "--max-memory", "900MB")
+    assert done.exit_code == 3
+    assert "the smallest need is 1 GB" in " ".join(done.output.split())
+    assert merge(tmp_path, recipe, "--max-memory", "lots").exit_code == 3
+
+
+def test_dry_run_with_sequences_beyond_the_positions(tmp_path, recipe):
+    recipe["adapters"][1]["data"]["max_length"] = 65
+    done = merge(tmp_path, recipe, "--max-memory", "24GB")
+    assert done.exit_code == 3
+    assert "'t1': sequences of up to 65 tokens are longer than the 64 positions" in " ".join(
+        done.output.split()
+    )
