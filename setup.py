@@ -19,11 +19,17 @@ setup(
     packages=[
         "nsc_fast",
         "nsc_fast.adapters",
+        "nsc_fast.data",
         "nsc_fast.demo",
         "nsc_fast.kernels",
         "nsc_fast.methods",
+        "nsc_fast.objectives",
         "nsc_fast.ops",
+        "nsc_fast.report",
     ],
     package_dir={"nsc_fast": "nsc_fast", "nsc_fast.kernels": "kernels"},
-    package_data={"nsc_fast.demo": ["data/*", "adapters/*", "adapters/*/*"]},
+    package_data={
+        "nsc_fast.demo": ["data/*", "adapters/*", "adapters/*/*"],
+        "nsc_fast.report": ["style.css"],
+    },
 )

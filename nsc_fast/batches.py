@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checkpoint import digest, random_state, set_random_state
 from .errors import MergeError
 from .monitor import TokenBatch
 
@@ -14,6 +16,9 @@ __all__ = ["Batch", "BatchStream", "join", "token_batch", "without_labels"]
 
 Batch = Mapping[str, Tensor]
 
+_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids")
+# Inputs that are no tokens of the text, though one of their sizes may happen to be its length.
+_NOT_TEXT = ("decoder_", "pixel_", "image_", "input_features", "input_values")
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
 
@@ -31,6 +36,10 @@ class BatchStream:
             each round (a DataLoader shuffles itself); lists are reshuffled each round; one-shot iterators are
             kept.
         seed: of the shuffling.
+
+    Attributes:
+        seen: digest of the batches of this round, of a source that ``watch`` was called for and that is no
+            list; else empty.
     """
 
     def __init__(self, task: str, source: Iterable[Batch], seed: int) -> None:
@@ -38,15 +47,25 @@ class BatchStream:
         self._source = list(source) if isinstance(source, Iterator) else source
         self._generator = torch.Generator().manual_seed(seed)
         self._iterator: Iterator[Batch] = iter(())
+        self._listed = isinstance(self._source, list | tuple)
+        self._rounds = self._taken = 0
+        self._began: dict[str, Any] = {}
+        self._watched = False
+        self.seen = ""
 
     def next(self) -> dict[str, Tensor]:
         """The next batch, checked: not empty, not fully masked."""
         batch = next(self._iterator, None)
         if batch is None:
-            self._iterator = self._round()
+            self._begin()
             batch = next(self._iterator, None)
         if batch is None:
             raise MergeError(f"task {self.task!r}: the data holds no batch")
+        if not isinstance(batch, Mapping):
+            raise MergeError(
+                f"task {self.task!r}: the data hold a {type(batch).__name__}, not batches (dicts of "
+                "tensors); nsc_fast.data.text_batches and image_batches make batches of rows"
+            )
         inputs = without_labels(batch)
         for key, value in inputs.items():
             if not isinstance(value, Tensor):
@@ -59,25 +78,101 @@ class BatchStream:
         mask = inputs.get("attention_mask")
         if mask is not None and not bool(mask.any()):
             raise MergeError(f"task {self.task!r}: a batch is fully masked; remove empty rows from the data")
+        self._taken += 1
+        if self._watched:
+            self.seen = digest([("before", self.seen), *sorted(inputs.items())])
         return inputs
 
+    def watch(self) -> str:
+        """Digest of the data, where they are a list; else batches are digested from now on, as they come."""
+        if not self._listed:
+            self._watched = True
+            return "read as they come"
+        batches = (without_labels(b).items() if isinstance(b, Mapping) else [("", b)] for b in self._source)
+        return digest((key, v) for items in batches for key, v in sorted(items) if isinstance(v, Tensor))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        return {"rounds": self._rounds, "taken": self._taken, "began": self._began, "seen": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """To where another stream of the same source stood.
+
+        What is no list is read again from its start, with the states that the global random number generators
+        had when the present round began; they are left as that reading leaves them.
+
+        Raises:
+            MergeError: other batches came than before.
+        """
+        if not state["rounds"]:
+            return
+        if not self._listed:
+            for _ in range(state["rounds"] - 1):
+                for _ in self._source:
+                    pass
+            set_random_state(state["began"]["random"])
+        self._generator.set_state(state["began"]["generator"])
+        self._rounds = state["rounds"] - 1
+        for _ in range(state["taken"]):
+            self.next()
+        if (self._rounds, self.seen) != (state["rounds"], state["seen"]):
+            raise MergeError(
+                f"task {self.task!r}: the data come in another order than before the interruption; give a "
+                "list of batches, or fix the order of the loader by a seed"
+            )
+
+    def _begin(self) -> None:
+        self._rounds += 1
+        self._taken, self.seen = 0, ""
+        self._began = {"generator": self._generator.get_state()}
+        if not self._listed:
+            self._began["random"] = random_state()
+        self._iterator = self._round()
+
     def _round(self) -> Iterator[Batch]:
-        if isinstance(self._source, list | tuple):
+        if self._listed:
             order = torch.randperm(len(self._source), generator=self._generator).tolist()
             return iter([self._source[i] for i in order])
         return iter(self._source)
 
 
 def rows(batch: Batch) -> int:
-    """Number of sequences of a batch."""
-    return next(iter(batch.values())).shape[0]
+    """Number of sequences of a batch: of its text if it has one; images may lie beside it in any number."""
+    first = next((key for key in _TEXT if key in batch), next(iter(batch)))
+    return batch[first].shape[0]
 
 
 def token_batch(batch: Batch, task: int, device: torch.device) -> TokenBatch:
-    """Task ids and mask of a batch that belongs to one task."""
-    mask = batch.get("attention_mask")
+    """Task ids and masks of a batch that belongs to one task."""
     ids = torch.full((rows(batch),), task, dtype=torch.int64, device=device)
-    return TokenBatch(ids, mask if mask is None or mask.ndim == 2 else None)
+    return _tokens(batch, ids, one_task=True)
+
+
+def _tokens(batch: Batch, task: Tensor, *, one_task: bool) -> TokenBatch:
+    return TokenBatch(
+        task,
+        _mask(batch, "attention_mask"),
+        one_task=one_task,
+        decoder=any(key.startswith("decoder_") for key in batch),
+        decoder_mask=_mask(batch, "decoder_attention_mask"),
+        frames="input_features" in batch,
+    )
+
+
+def _mask(batch: Batch, key: str) -> Tensor | None:
+    mask = batch.get(key)
+    if mask is None or mask.ndim not in (2, 4):
+        return None
+    return mask if mask.ndim == 2 else _of_tokens(mask)
+
+
+def _of_tokens(mask: Tensor) -> Tensor:
+    """``(B, S)`` from a mask ``(B, 1, S, S)`` of which token sees which: padding is alone with itself."""
+    # Bool or 0/1: what is seen; otherwise what is added to the scores, 0 for what is seen.
+    sees = mask[:, 0] == 0 if bool((mask < 0).any()) else mask[:, 0] != 0
+    others = (sees.sum(-1) > 1) | (sees.sum(-2) > 1)
+    # A sequence of one token has no others.
+    return (others | ~others.any(1, keepdim=True)).to(torch.int64)
 
 
 def join(
@@ -91,11 +186,14 @@ def join(
 
     Returns:
         The joined batch and its task ids, or None where the parts cannot go through the model together:
-        different inputs, different shapes beyond the sequence length, or too much padding.
+        different inputs, different shapes beyond the sequence length, inputs with other rows than the
+        sequences (the patches of all images in one list), or too much padding.
     """
     parts = list(batches.values())
     keys = set(parts[0]) | {key for part in parts for key in part if key == "attention_mask"}
     if any(set(part) | {"attention_mask"} != keys | {"attention_mask"} for part in parts):
+        return None
+    if any(value.ndim == 0 or value.shape[0] != rows(part) for part in parts for value in part.values()):
         return None
     lengths = [_length(part) for part in parts]
     if any(length is None for length in lengths) and len({_shape(part) for part in parts}) > 1:
@@ -110,7 +208,7 @@ def join(
             return None
     out = {}
     for key in sorted(keys):
-        tensors = [_pad(part[key], n, longest) for part, n in zip(parts, lengths, strict=True)]
+        tensors = [_pad(key, part[key], n, longest) for part, n in zip(parts, lengths, strict=True)]
         if len({t.shape[1:] for t in tensors}) > 1:
             return None
         out[key] = torch.cat(tensors)
@@ -118,7 +216,7 @@ def join(
     if mask is not None and mask.ndim != 2:
         return None
     task = torch.tensor([k for k, part in batches.items() for _ in range(rows(part))], device=_device(out))
-    return out, TokenBatch(task, mask)
+    return out, _tokens(out, task, one_task=False)
 
 
 def _length(batch: Batch) -> int | None:
@@ -140,9 +238,11 @@ def _with_mask(batch: Batch) -> dict[str, Tensor]:
     return {**batch, "attention_mask": torch.ones(shape, dtype=torch.int64, device=_device(batch))}
 
 
-def _pad(value: Tensor, length: int | None, longest: int | None) -> Tensor:
+def _pad(key: str, value: Tensor, length: int | None, longest: int | None) -> Tensor:
     """Zeros to the right in the sequence dimension."""
     if length is None or length == longest or value.ndim < 2 or value.shape[1] != length:
+        return value
+    if key.startswith(_NOT_TEXT):
         return value
     widths = [0, 0] * (value.ndim - 2) + [0, longest - length]
     return torch.nn.functional.pad(value, widths)

@@ -1,4 +1,4 @@
-"""The command line: ``nsc-fast inspect | validate | methods | merge | sweep | verify | doctor | demo``."""
+"""The command line: ``nsc-fast inspect | validate | methods | merge | sweep | verify | report | ...``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from . import __version__
 from .adapters import AdapterError, inspect_adapter
+from .cli_apply import add_apply
 from .cli_tables import (
     console,
     describe_method,
@@ -97,9 +98,9 @@ def merge(
         list[str] | None, typer.Option(help="NAME=PATH or PATH of an adapter; repeat", show_default=False)
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE.jsonl, unlabeled text; repeat", show_default=False)
+        list[str] | None, typer.Option(help="NAME=PATH of unlabeled data; repeat", show_default=False)
     ] = None,
-    text: Annotated[str, typer.Option(help="text column, or two separated by a comma")] = "text",
+    text: Annotated[str | None, typer.Option(help="text column, or two separated by a comma")] = None,
     out_option: Annotated[Path | None, typer.Option("--out", help="output folder")] = None,
     method: Annotated[str | None, typer.Option(help="merge method")] = None,
     set_: Annotated[
@@ -113,32 +114,55 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output folder")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="check the output")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only check the inputs")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="budget of the device, 24GB say: choose checkpointing and micro-batches"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="go on from the last checkpoint, if there is one")
+    ] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints; 0 for none")] = 25,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="their folder; default OUT.partial, deleted when OUT is written")
+    ] = None,
 ) -> None:
     """Merges adapters into one LoRA: ``merge RECIPE OUT``, or with flags instead of a recipe."""
     import torch
 
     from .cli_recipe import recipe_of
+    from .cli_run import checkpoints_of, together
     from .merge import check_inputs, run_recipe
+    from .signal import signal_lines
     from .verify import verify_output
 
-    with _errors():
+    with _errors(), together() as processes:
         if adapter and recipe is not None and out is None and out_option is None:
             recipe, out = None, recipe
         out = out or out_option
         loaded = recipe_of(recipe, base_model, adapter, data, text, method, set_, max_rank, out_dtype, seed)
         if out is None and not dry_run:
             raise RecipeError("no output folder: give OUT or --out")
-        if out is not None and out.exists() and not overwrite:
+        first = processes is None or processes.rank == 0
+        if first and out is not None and out.exists() and not overwrite:
             raise RecipeError(f"the output {out} exists; choose another folder or add --overwrite")
+        if max_memory is not None:
+            from .cli_plan import planned
+
+            loaded = planned(loaded, max_memory, _device(device))
         if dry_run:
             check_inputs(loaded)
             console.print("ok: recipe, adapters and data can be read")
             return
         steps = int(loaded.method_parameters().model_dump().get("steps", 0))
+        kept = checkpoints_of(out, checkpoint_every, checkpoints, resume, overwrite, first)
+        own = _device(device) if processes is None else processes.device(_device(device))
         with progress(steps) as (on_stage, on_step):
+            calls = {"on_stage": on_stage, "on_step": on_step}
             result, model = run_recipe(
-                loaded, device=_device(device), impl=impl, on_stage=on_stage, on_step=on_step
+                loaded, device=own, impl=impl, checkpoints=kept, processes=processes, **calls
             )
+        if not first:
+            return
         if result.history:
             ratio_table(result.history, result.measure)
         if result.interrupted:
@@ -149,16 +173,29 @@ def merge(
             dtype=getattr(torch, loaded.output.dtype),
             overwrite=overwrite,
         )
+        if kept is not None and not result.interrupted:
+            kept.clear()
+        if result.signal is not None:
+            console.print("null-space ratios on a sample of the unlabeled rows")
+            for line in signal_lines(result.signal):
+                console.print(f"  {line}", highlight=False)
         for notice in (*result.notices, *report.notices):
             console.print(f"note: {notice}", highlight=False)
         console.print(
             f"wrote {report.path}: {len(result.updates)} modules, rank {report.rank}, "
             f"{report.total_kept_energy:.2%} of the update's energy"
         )
+        console.print(f"report: {report.path / 'nsc_fast' / 'report.html'}", highlight=False, soft_wrap=True)
         if verify:
             from .merge import read_adapters
 
-            checks = verify_output(out, result.updates, model, adapters=read_adapters(loaded))
+            checks = verify_output(
+                out,
+                result.updates,
+                model,
+                adapters=read_adapters(loaded),
+                whole=None if result.dense is None else result.dense.tensors,
+            )
             if not print_checks(checks):
                 raise typer.Exit(UNVERIFIED)
 
@@ -179,6 +216,16 @@ def verify_command(
         print(json.dumps([asdict(check) for check in checks], indent=2))
     if not print_checks(checks):
         raise typer.Exit(UNVERIFIED)
+
+
+@app.command("report")
+def report_command(out: Annotated[Path, typer.Argument(help="folder that merge wrote")]) -> None:
+    """Makes the report (HTML) and the model card of an existing output again, from its folder alone."""
+    from .report import write_report
+
+    with _errors():
+        for path in write_report(out):
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 @app.command("methods")
@@ -295,6 +342,9 @@ def demo(
         if out is not None and out.exists():
             raise RecipeError(f"the output {out} exists; choose another folder")
         run(out)
+
+
+add_apply(app, _errors, UNVERIFIED)
 
 
 def _device(name: str) -> str:

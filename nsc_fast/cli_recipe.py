@@ -18,7 +18,7 @@ def recipe_of(
     base_model: str | None = None,
     adapters: list[str] | None = None,
     data: list[str] | None = None,
-    text: str = "text",
+    text: str | None = None,
     method: str | None = None,
     settings: list[str] | None = None,
     max_rank: int | None = None,
@@ -53,15 +53,15 @@ def recipe_of(
     return make_recipe(content, where=str(file or "flags"), folder=file.parent if file else None)
 
 
-def _flag_adapters(adapters: list[str], data: list[str], text: str) -> list[dict[str, Any]]:
+def _flag_adapters(adapters: list[str], data: list[str], text: str | None) -> list[dict[str, Any]]:
     if not adapters:
         raise RecipeError("nothing to merge: give a recipe, or --adapter NAME=PATH for every adapter")
-    columns: str | list[str] = text.split(",") if "," in text else text
+    columns = text.split(",") if text is not None and "," in text else text
     files = {}
     for item in data:
         name, equals, path = item.partition("=")
         if not equals:
-            raise RecipeError(f"--data {item!r}: write NAME=FILE.jsonl")
+            raise RecipeError(f"--data {item!r}: write NAME=PATH")
         files[name] = path
     out = []
     for item in adapters:
@@ -70,7 +70,7 @@ def _flag_adapters(adapters: list[str], data: list[str], text: str) -> list[dict
             name, path = Path(item).name, item
         spec: dict[str, Any] = {"name": name, "path": path}
         if name in files:
-            spec["data"] = {"path": files.pop(name), "text": columns}
+            spec["data"] = {"path": files.pop(name), **({} if columns is None else {"text": columns})}
         out.append(spec)
     if files:
         raise RecipeError(f"--data names {next(iter(files))!r}, which is no adapter")

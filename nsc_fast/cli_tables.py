@@ -39,7 +39,7 @@ def progress(steps: int) -> Iterator[tuple[Callable[[str], None], Callable[[Any]
             progress.update(bar, description=stage)
 
         def on_step(record: Any) -> None:
-            progress.update(bar, advance=1, loss=f"loss {record.loss:.4f}")
+            progress.update(bar, completed=record.step, loss=f"loss {record.loss:.4f}")
 
         yield on_stage, on_step
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .factors import Stack
 
-__all__ = ["Coefficients", "Granularity", "block_of"]
+__all__ = ["Coefficients", "Granularity", "block_of", "group_of"]
 
 Granularity = Literal["task", "layer", "module", "rank"]
 
@@ -56,7 +56,7 @@ class Coefficients(nn.Module):
             raise ValueError(f"granularity={granularity!r}: choose one of {', '.join(get_args(Granularity))}")
         self.granularity = granularity
         self.tasks = tuple(tasks)
-        self._group = {module: _group(module, granularity) for module in stacks}
+        self._group = {module: group_of(module, granularity) for module in stacks}
         start = {t: float(init[t] if isinstance(init, Mapping) else init) for t in self.tasks}
         values = {}
         self._present = {m: [self.tasks.index(t) for t in s.tasks] for m, s in stacks.items()}
@@ -86,6 +86,16 @@ class Coefficients(nn.Module):
         pick[range(len(present)), present] = 1.0
         return pick @ value
 
+    def of_task(self, task: str) -> list[Tensor]:
+        """One task's coefficients at every module that it adapts, each ``(1,)``, or ``(r,)`` for "rank"."""
+        index = self.tasks.index(task)
+        out = []
+        for module, present in self._present.items():
+            if index in present:
+                sizes = self._ranks[module] if self.granularity == "rank" else [1] * len(present)
+                out.append(self.of(module).split(sizes)[present.index(index)])
+        return out
+
     def by_module(self) -> dict[str, Tensor]:
         """Detached copies for every module, on the CPU."""
         return {module: self.of(module).detach().cpu().clone() for module in self._group}
@@ -101,7 +111,8 @@ class Coefficients(nn.Module):
         return out
 
 
-def _group(module: str, granularity: str) -> str:
+def group_of(module: str, granularity: str) -> str:
+    """Name of the group of modules that share their coefficients."""
     if granularity == "task":
         return "all"
     if granularity == "layer":

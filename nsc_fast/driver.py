@@ -6,47 +6,45 @@ joined; the pass stops at the last target module; the backward pass emits the gr
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .batches import Batch, BatchStream, join, token_batch
+from .batches import Batch, BatchStream
+from .checkpoint import Checkpoints
 from .errors import MergeError
 from .factors import LowRankUpdate
 from .layers import Installation, install, remove
+from .loop import Objective, StepRecord, Stream, minimise
+from .memory import EndOfPass, checkpointed
+from .monitor import TokenBatch
+from .packing import Passes, backbone, check_positions, forward_options, positions
 from .parameters import NSCParameters
-from .targets import select_targets
+from .processes import Processes
+from .sharding import check_sharding, gathered, is_sharded, with_idle_passes
+from .targets import routed, select_targets
 
-__all__ = ["Driver", "Objective", "StepRecord", "optimise"]
+__all__ = [
+    "Driver",
+    "Objective",
+    "StepRecord",
+    "Stream",
+    "backbone",
+    "check_data",
+    "forward_options",
+    "minimise",
+    "optimise",
+    "restored",
+    "target_modules",
+]
 
 
-class _LastTargetReached(Exception):
-    """Ends a forward pass after the last target module: nothing behind it enters the loss."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimisation step, as kept in the history."""
-
-    step: int
-    loss: float
-    ratios: dict[str, float]
-    learning_rate: float
-    coefficients: dict[str, dict[str, float]] | None = None
-
-
-class Objective(Protocol):
-    """What the optimisation minimises. :class:`Driver`, the null-space ratio, is one."""
-
-    installation: Installation
-
-    def losses(self, batches: Mapping[str, Batch]) -> tuple[float, dict[str, float]]:
-        """Forward and backward for one batch of every task; returns the loss and every task's part of it."""
-        ...
+# Steps whose mean decides whether a task stops: one batch is too few rows.
+_RECENT = 8
 
 
 @dataclass
@@ -58,27 +56,41 @@ class Driver:
         installation: what ``install`` returned.
         together: "auto" joins the tasks' batches where it saves time, "always" insists, "never" runs them one
             after another.
+        levels: task -> ratio at which the task stops: while its mean over the last steps is not above, the
+            task is measured but gets no gradient. Default: no task stops.
+        micro_batch: sequences of each task in one pass at most. Default: all of the batch.
+        packing: "auto" joins batches without padding if the model keeps packed sequences apart, "always"
+            insists, "never" does not.
+        on_notice: is told what the user should know.
+        agree: largest of a number over all processes, where the base model is sharded over them.
     """
 
     model: nn.Module
     installation: Installation
     together: str = "auto"
+    levels: Mapping[str, float] = field(default_factory=dict)
+    micro_batch: int | None = None
+    packing: str = "never"
+    on_notice: Callable[[str], None] | None = None
+    agree: Callable[[int], int] | None = None
+    _recent: dict[str, deque[float]] = field(default_factory=dict)
     _runner: nn.Module = field(init=False)
     _options: dict[str, Any] = field(init=False)
-    _calls: int = 0
-    _expected: int | None = None
+    _expected: dict[frozenset[str], tuple[str, int]] = field(default_factory=dict)
+    _kind: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        self._runner = _backbone(self.model, self.installation.monitor.targets)
-        # A cache of keys and values serves generation; here it would only cost memory.
-        accepted = inspect.signature(self._runner.forward).parameters
-        self._options = {"use_cache": False} if "use_cache" in accepted else {}
+        self._runner = backbone(self.model, self.installation.monitor.targets)
+        self._options = forward_options(self._runner)
+        how = self.together, self.micro_batch, self.packing
+        self._passes = Passes(self._runner, self._options, positions(self.model), *how, self.on_notice)
 
     def count(self) -> None:
         """To be called after each target module: stops the pass when all have run."""
-        self._calls += 1
-        if self._expected is not None and self._calls >= self._expected:
-            raise _LastTargetReached
+        monitor = self.installation.monitor
+        last = monitor.latest, monitor.calls(monitor.latest)
+        if self.agree is None and self._expected.get(self._kind) == last:
+            raise EndOfPass
 
     def losses(self, batches: Mapping[str, Batch]) -> tuple[float, dict[str, float]]:
         """Forward and backward for one batch of every task; gradients add up in the coefficients.
@@ -89,46 +101,91 @@ class Driver:
         Raises:
             MergeError: a loss that is not finite, or batches that cannot be joined though they must.
         """
+        loss, ratios = self.part(batches)
+        self.observe(ratios)
+        return loss, ratios
+
+    def part(
+        self, batches: Mapping[str, Batch], wholes: Mapping[str, tuple[float, int]] | None = None
+    ) -> tuple[float, dict[str, float]]:
+        """As :meth:`losses`, for some tasks or parts of batches, without deciding which tasks stop.
+
+        Args:
+            batches: task -> batch, or part of one.
+            wholes: for parts: task -> token weight and number of sequences of its whole batch. The losses and
+                ratios of all parts add up to those of the whole batches.
+        """
         monitor = self.installation.monitor
         device = next(self.installation.coefficients.parameters()).device
-        moved = {
-            monitor.tasks.index(task): {key: value.to(device) for key, value in batch.items()}
-            for task, batch in batches.items()
-        }
-        joined = None
-        if self.together != "never" and len(moved) > 1:
-            joined = join(moved, max_padding=1.5 if self.together == "auto" else None)
-            if joined is None and self.together == "always":
-                raise MergeError(
-                    "the tasks' batches cannot go through the model together (different inputs or shapes); "
-                    "set batching to 'auto' or 'never'"
-                )
-        if joined is not None:
-            passes = [joined]
-        else:
-            passes = [(dict(batch), token_batch(batch, k, device)) for k, batch in moved.items()]
         total, ratios = 0.0, {}
         try:
+            passes = self._passes(batches, monitor.tasks, device, wholes)
+            if self.agree is not None:
+                passes = with_idle_passes(passes, len(monitor.tasks), self.agree)
             for inputs, tokens in passes:
-                monitor.begin(tokens)
-                self._forward(inputs)
-                monitor.end()
-                seen = monitor.task_means()
+                loss = self.forward(inputs, tokens)
                 present = {monitor.tasks[k] for k in tokens.task.unique().tolist()}
-                ratios.update({task: value for task, value in seen.items() if task in present})
-                total += self._backward(monitor.loss)
+                for task, value in monitor.task_means().items():
+                    if task in present:
+                        ratios[task] = ratios.get(task, 0.0) + value
+                total += self._backward(loss)
         finally:
             monitor.clear()
+        if self.levels:
+            share = zip(monitor.tasks, monitor.preferences, strict=True)
+            total = sum(pi * ratios.get(t, 0.0) for t, pi in share)
         return total, ratios
 
-    def _forward(self, inputs: dict[str, Tensor]) -> None:
-        self._calls = 0
+    @property
+    def finished(self) -> bool:
+        """Whether every task has stopped: no gradient is left."""
+        monitor = self.installation.monitor
+        return bool(self.levels) and monitor.stopped == set(monitor.tasks)
+
+    def observe(self, ratios: Mapping[str, float]) -> None:
+        """Decides from the ratios of the last steps which tasks get a gradient in the next one."""
+        for task, level in self.levels.items():
+            recent = self._recent.setdefault(task, deque(maxlen=_RECENT))
+            recent.append(ratios[task])
+            if sum(recent) / len(recent) <= level:
+                self.installation.monitor.stopped.add(task)
+            else:
+                self.installation.monitor.stopped.discard(task)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next steps depend on beside the coefficients."""
+        return {
+            "recent": {task: list(values) for task, values in self._recent.items()},
+            "stopped": sorted(self.installation.monitor.stopped),
+            "packing": (self.packing, self._passes.packed),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Back to what :meth:`state_dict` returned."""
+        self._recent = {task: deque(values, maxlen=_RECENT) for task, values in state["recent"].items()}
+        self.installation.monitor.stopped = set(state["stopped"])
+        asked, packed = state["packing"]
+        if asked == self.packing:
+            self._passes.packed = packed
+
+    def forward(self, inputs: dict[str, Tensor], tokens: TokenBatch) -> Tensor | None:
+        """One pass; returns its part of the loss. The monitor stays active until it is cleared."""
+        monitor = self.installation.monitor
+        monitor.begin(tokens)
+        self._run(inputs)
+        monitor.end()
+        return monitor.loss
+
+    def _run(self, inputs: dict[str, Tensor]) -> None:
+        monitor = self.installation.monitor
+        self._kind, monitor.latest = frozenset(inputs), ""
         try:
             self._runner(**inputs, **self._options)
-        except _LastTargetReached:
+        except EndOfPass:
             return
-        # The first pass runs to the end and counts: shared layers run more than once.
-        self._expected = self._calls
+        # The first pass with these inputs runs to the end and shows which call is the last: text alone does
+        # not reach a vision tower, and shared layers run more than once.
+        self._expected[self._kind] = monitor.latest, monitor.calls(monitor.latest)
 
     def _backward(self, loss: Tensor | None) -> float:
         if loss is None:
@@ -163,6 +220,10 @@ def optimise(
     impl: str = "auto",
     on_step: Callable[[StepRecord], None] | None = None,
     objective: Callable[[nn.Module, Installation], Objective] | None = None,
+    levels: Mapping[str, float] | None = None,
+    on_notice: Callable[[str], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    processes: Processes | None = None,
 ) -> tuple[dict[str, Tensor], list[StepRecord], bool]:
     """Finds merge coefficients that minimise the mean null-space ratio on unlabeled data.
 
@@ -176,6 +237,9 @@ def optimise(
         impl: "auto", "triton" or "torch".
         on_step: called after each step.
         objective: makes another objective than the null-space ratio from the installed model.
+        levels: of the null-space ratio, see :class:`Driver`.
+        on_notice: is told what the user should know.
+        checkpoints, processes: see :func:`nsc_fast.loop.minimise`.
 
     Returns:
         Coefficients per module, the history, and whether the user interrupted the run (Ctrl-C): what was
@@ -186,41 +250,71 @@ def optimise(
         ValueError: targets or modules that do not exist.
     """
     parameters = parameters or NSCParameters()
-    _check_data(adapters, data)
-    targets = () if objective is not None else _targets(model, adapters, parameters)
+    check_data(adapters, data)
+    check_positions(model, data)
+    sharded = is_sharded(model)
+    if sharded:
+        check_sharding(model, (m for own in adapters.values() for m in own))
+        if processes is None or objective is not None or parameters.recompute != "never":
+            raise MergeError(
+                "a sharded base model is for method 'nsc' in several processes, with checkpointing 'never'"
+            )
+    targets = () if objective is not None else target_modules(model, adapters, parameters)
+    experts = routed(dict.fromkeys(m for own in adapters.values() for m in own)) if targets else ()
+    if experts and on_notice is not None:
+        on_notice(
+            f"{len(experts)} modules inside the experts of a mixture ({experts[0]}, ...) are merged, but do "
+            "not enter the loss: which tokens are routed to them is not known"
+        )
     # One seed for all: lists of equal length are shuffled alike, so that batches of like length, sorted
     # alike, meet in one forward pass with little padding.
     streams = {task: BatchStream(task, data[task], seed) for task in adapters}
-    modes = {module: module.training for module in model.modules()}
-    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     driver: Objective | None = None
+    with restored(model):
+        try:
+            installation = install(
+                model,
+                adapters,
+                targets=targets,
+                granularity=parameters.granularity,
+                init=parameters.init if init is None else init,
+                preferences=parameters.preferences,
+                on_recorded=lambda: driver.count(),
+                impl=impl,
+            )
+            recompute = nullcontext()
+            if objective is not None:
+                driver = objective(model, installation)
+            else:
+                how = parameters.batching, dict(levels or {}), parameters.micro_batch, parameters.packing
+                driver = Driver(model, installation, *how, on_notice)
+                again, offload = parameters.recompute, parameters.offload
+                recompute = checkpointed(model, installation.modules, again, offload=offload)
+                if sharded:
+                    driver.agree, recompute = processes.largest, gathered(model, targets)
+            with recompute:
+                history, interrupted = minimise(driver, streams, parameters, on_step, checkpoints, processes)
+            return installation.coefficients.by_module(), history, interrupted
+        finally:
+            remove(model)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode for a while; modes and ``requires_grad`` come back as they were."""
+    modes = {module: module.training for module in model.modules()}
+    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
     try:
-        installation = install(
-            model,
-            adapters,
-            targets=targets,
-            granularity=parameters.granularity,
-            init=parameters.init if init is None else init,
-            preferences=parameters.preferences,
-            on_recorded=lambda: driver.count(),
-            impl=impl,
-        )
-        if objective is None:
-            driver = Driver(model, installation, parameters.batching)
-        else:
-            driver = objective(model, installation)
-        history, interrupted = _loop(driver, streams, parameters, on_step)
-        return installation.coefficients.by_module(), history, interrupted
+        yield model
     finally:
-        remove(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(frozen[name])
+        for parameter, wanted in frozen.items():
+            parameter.requires_grad_(wanted)
         for module, training in modes.items():
             module.training = training
 
 
-def _targets(
+def target_modules(
     model: nn.Module, adapters: Mapping[str, Mapping[str, LowRankUpdate]], parameters: NSCParameters
 ) -> tuple[str, ...]:
     """Target modules of the null-space ratio."""
@@ -242,56 +336,12 @@ def _targets(
     return targets
 
 
-def _loop(
-    driver: Objective,
-    streams: Mapping[str, BatchStream],
-    parameters: NSCParameters,
-    on_step: Callable[[StepRecord], None] | None,
-) -> tuple[list[StepRecord], bool]:
-    coefficients = driver.installation.coefficients
-    optimizer = torch.optim.AdamW(
-        coefficients.parameters(), lr=parameters.learning_rate, weight_decay=parameters.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, parameters.rate_at)
-    history: list[StepRecord] = []
-    stopper = _EarlyStop(parameters)
-    try:
-        for step in range(parameters.steps):
-            optimizer.zero_grad(set_to_none=True)
-            loss, ratios = driver.losses({task: stream.next() for task, stream in streams.items()})
-            rate = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            schedule.step()
-            logged = step % parameters.log_coefficients_every == 0 or step + 1 == parameters.steps
-            record = StepRecord(step + 1, loss, ratios, rate, coefficients.table() if logged else None)
-            history.append(record)
-            if on_step is not None:
-                on_step(record)
-            if stopper.done(loss):
-                break
-    except KeyboardInterrupt:
-        return history, True
-    return history, False
+def check_data(adapters: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Whether every task has data, and nothing else has.
 
-
-class _EarlyStop:
-    """Stops when no loss of the last ``patience`` steps was below the best before by ``min_delta``."""
-
-    def __init__(self, parameters: NSCParameters) -> None:
-        self._rule = parameters.early_stopping
-        self._best, self._waited = float("inf"), 0
-
-    def done(self, loss: float) -> bool:
-        if self._rule is None:
-            return False
-        if loss < self._best - self._rule.min_delta:
-            self._best, self._waited = loss, 0
-        else:
-            self._waited += 1
-        return self._waited >= self._rule.patience
-
-
-def _check_data(adapters: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    Raises:
+        MergeError: names the task.
+    """
     if not adapters:
         raise MergeError("there is no adapter to merge")
     for task in adapters:
@@ -300,12 +350,3 @@ def _check_data(adapters: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     unknown = [task for task in data if task not in adapters]
     if unknown:
         raise MergeError(f"data was given for {unknown[0]!r}, which is no adapter ({', '.join(adapters)})")
-
-
-def _backbone(model: nn.Module, targets: Sequence[str] | Mapping[str, Any]) -> nn.Module:
-    """The part of a transformers model without its head, if all targets stand inside it."""
-    prefix = getattr(model, "base_model_prefix", "")
-    inner = getattr(model, prefix, None) if prefix else None
-    if isinstance(inner, nn.Module) and all(t.startswith(prefix + ".") for t in targets):
-        return inner
-    return model

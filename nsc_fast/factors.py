@@ -284,8 +284,7 @@ class Stack:
     @property
     def segment(self) -> Tensor:
         """Index of the task of each of the R columns, int32."""
-        index = torch.arange(len(self.ranks), dtype=torch.int32)
-        return index.repeat_interleave(torch.tensor(self.ranks, dtype=torch.int64))
+        return torch.tensor([k for k, r in enumerate(self.ranks) for _ in range(r)], dtype=torch.int32)
 
     def merged(self, coefficients: Tensor) -> LowRankUpdate:
         """Canonical factors of ``sum_k lambda_k C_k Q_k``.

@@ -14,11 +14,20 @@ from torch import Tensor, nn
 
 from . import ops
 from .coefficients import Coefficients, Granularity
+from .dense import bind, release
 from .factors import LowRankUpdate, Stack, stack
 from .monitor import RatioMonitor
 from .reference import CLAMP
 
-__all__ = ["Installation", "MergedLinear", "features", "install", "remove", "stack_adapters"]
+__all__ = [
+    "Installation",
+    "MergedLinear",
+    "features",
+    "install",
+    "model_device",
+    "remove",
+    "stack_adapters",
+]
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:
@@ -68,7 +77,7 @@ class MergedLinear(nn.Module):
         _check_fit(name, base, stacked)
         self.base = base.requires_grad_(False)
         weight = getattr(base, "weight", None)
-        device = None if weight is None else weight.device
+        device = None if weight is None else _device(base)
         if dtype is None:
             wide = weight is not None and weight.dtype == torch.float64
             dtype = torch.float64 if wide else torch.float32
@@ -83,7 +92,7 @@ class MergedLinear(nn.Module):
         self._on_recorded = on_recorded
         # The plain layers, whose product can accumulate onto ours. Anything else (quantised, hooked, ...) is
         # called and stays in the autograd graph.
-        self._plain = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
+        self._plain = (type(base) is nn.Linear or type(base).__name__ == "Conv1D") and not _wrapped(weight)
 
     @property
     def weight(self) -> Tensor:
@@ -115,6 +124,19 @@ class MergedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"tasks={list(self.tasks)}, rank={self.basis.shape[0]}, impl={self.impl!r}"
+
+
+def _wrapped(weight: Tensor) -> bool:
+    """Whether a weight is other tensors in the guise of one: torchao's quantised weights in a plain layer."""
+    return hasattr(weight, "__tensor_flatten__")
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer computes. Weights that wait elsewhere (accelerate) are on "meta"; their hook knows."""
+    device = layer.weight.device
+    if device.type == "meta" and hasattr(layer, "_hf_hook"):
+        device = torch.device(getattr(layer._hf_hook, "execution_device", None) or "cpu")
+    return device
 
 
 def _hooked(layer: nn.Module) -> bool:
@@ -208,9 +230,12 @@ def install(
         tasks, tuple(w / sum(weights) for w in weights), {m: stacks[m].tasks for m in targets}
     )
     sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    device = model_device(model)
     wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
     coefficients = Coefficients(stacks, tasks, granularity=granularity, init=init, dtype=wide)
-    coefficients.to(sample.device)
+    # Parameters on fake tensors, of which memory is planned, cannot be moved.
+    if device.type != "cpu":
+        coefficients.to(device)
     layers = {
         name: MergedLinear(
             present[name],
@@ -226,14 +251,21 @@ def install(
     model.requires_grad_(False)
     for name, layer in layers.items():
         _replace(model, name, layer)
+    bind(model, coefficients)
     return Installation(coefficients, monitor, tuple(layers))
 
 
 def remove(model: nn.Module) -> None:
     """Takes every :class:`MergedLinear` out of ``model``; the base layers are the same objects as before."""
+    release(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, MergedLinear):
             _replace(model, name, module.base)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: its first weight's device, leaving out those that are offloaded ("meta")."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

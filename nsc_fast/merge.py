@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import methods
 from .adapters import (
@@ -16,20 +17,27 @@ from .adapters import (
     check_against_model,
     common_base,
     common_task_type,
+    dense_updates,
     fit_to_model,
     module_shapes,
     read_adapter,
 )
 from .batches import Batch
+from .checkpoint import Checkpoints, digest
+from .data import adapter_folders, check_data, check_tokenizers, read_data
+from .dense import dense_applied, merge_dense
 from .driver import StepRecord
 from .errors import MergeError
-from .loading import load_base, load_tokenizer
+from .inputs import completed
+from .interference import Interference, interference
+from .loading import load_base
 from .methods import MergeInputs
 from .methods.entropy import EntropyObjective
 from .parameters import Strict
+from .processes import Processes
+from .quantised import check_installed, keep_differentiable
 from .recipe import AdapterSpec, BaseSpec, Recipe
 from .result import MergeResult
-from .text_data import read_rows, text_batches
 
 __all__ = ["Prepared", "check_inputs", "merge_adapters", "prepare_recipe", "read_adapters", "run_recipe"]
 
@@ -46,6 +54,8 @@ def merge_adapters(
     seed: int = 0,
     impl: str = "auto",
     on_step: Callable[[StepRecord], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    processes: Processes | None = None,
 ) -> MergeResult:
     """Merges several LoRA adapters of one base model into one.
 
@@ -61,6 +71,10 @@ def merge_adapters(
         seed: of everything random.
         impl: "auto", "triton" or "torch".
         on_step: called after each optimisation step.
+        checkpoints: where an optimisation is kept, and whether it goes on from there after an interruption;
+            ``checkpoints.clear()`` when the result is written.
+        processes: ``nsc_fast.processes.launched()``, to divide every step among the processes of a launcher.
+            All must make the same call; all get the same result.
 
     Example::
 
@@ -83,7 +97,7 @@ def merge_adapters(
     prepared = prepare(
         base_model, read, data, weights=weights, base_name=base_name, seed=seed, impl=impl, on_step=on_step
     )
-    return prepared.run(chosen, parameters)
+    return prepared.run(chosen, parameters, checkpoints=checkpoints, processes=processes)
 
 
 @dataclass(frozen=True)
@@ -94,18 +108,42 @@ class Prepared:
         inputs: what a method gets.
         common: fields of the result that do not depend on the method.
         recipe: what the resolved recipe says beside method and parameters.
+        dense: task -> parameter path -> difference to the base, of modules that were trained whole.
     """
 
     inputs: MergeInputs
     common: Mapping[str, Any]
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    dense: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def run(
-        self, method: methods.Method, parameters: Strict, weights: Mapping[str, float] | None = None
+        self,
+        method: methods.Method,
+        parameters: Strict,
+        weights: Mapping[str, float] | None = None,
+        *,
+        checkpoints: Checkpoints | None = None,
+        processes: Processes | None = None,
     ) -> MergeResult:
-        """One merge; ``weights`` go over those of the inputs."""
+        """One merge; ``weights`` go over those of the inputs, the rest as for :func:`merge_adapters`."""
         used = {**self.inputs.weights, **(weights or {})}
-        result = method.run(replace(self.inputs, weights=used), parameters)
+        if checkpoints is not None:
+            checkpoints = checkpoints.with_facts(method=method.name, **self._facts(used))
+        start = getattr(parameters, "init", None)
+        start = start if isinstance(start, float) else 1 / len(self.inputs.updates)
+        with dense_applied(self.inputs.model, self.dense, {t: used.get(t, start) for t in self.dense}):
+            inputs = replace(self.inputs, weights=used, checkpoints=checkpoints, processes=processes)
+            result = method.run(inputs, parameters)
+        if self.dense:
+            merged = merge_dense(
+                self.inputs.model,
+                self.dense,
+                result.method,
+                result.coefficients,
+                result.stack_tasks,
+                self.inputs.updates,
+            )
+            result = replace(result, dense=merged, notices=(*result.notices, merged.notice()))
         adapters = [
             {**spec, "parameters": {"weight": used[spec["name"]]}} if spec["name"] in used else spec
             for spec in self.recipe["adapters"]
@@ -119,8 +157,37 @@ class Prepared:
                 "adapters": adapters,
                 "parameters": dict(result.parameters),
             },
+            interference=self.interference,
             **{key: value for key, value in self.common.items() if key != "notices"},
         )
+
+    def _facts(self, weights: Mapping[str, float]) -> dict[str, Any]:
+        """What a merge depends on, to be compared when it goes on after an interruption."""
+        adapters = {}
+        for task, own in self.inputs.factors.items():
+            content: list[tuple[str, Any]] = [("file", self.common["sources"][task]["digest"])]
+            for module, factors in own.items():
+                content += [(module, factors.scaling), (module, factors.down), (module, factors.up)]
+            adapters[f"adapter {task}"] = digest(content)
+        facts = {"seed": self.inputs.seed, "weights": dict(weights), **adapters}
+        if self.inputs.model is not None:
+            # Of every tensor a few values: to read all would take as long as loading them.
+            parameters = self.inputs.model.named_parameters()
+            facts["base model"] = digest((f"{n} {tuple(p.shape)}", _glimpse(p)) for n, p in parameters)
+        return facts
+
+    @cached_property
+    def interference(self) -> dict[str, Interference]:
+        """Between the adapters; the same for every merge of them."""
+        return interference(self.inputs.updates)
+
+
+def _glimpse(parameter: Tensor) -> Tensor | None:
+    """16 values of a tensor; None where it is not held in one piece here."""
+    if type(parameter.data) is not Tensor or parameter.device.type == "meta":
+        return None
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(flat.numel() // 16, 1)][:16]
 
 
 def prepare(
@@ -142,14 +209,16 @@ def prepare(
     read = {task: fit_to_model(adapter, base_model) for task, adapter in adapters.items()}
     notices = [notice for adapter in read.values() for notice in adapter.notices]
     if base_model is not None:
+        keep_differentiable(base_model)
         notices += check_against_model(read.values(), base_model)
+    dense = dense_updates(read.values(), base_model)
     heads = {task: adapter.heads for task, adapter in read.items() if adapter.heads}
     inputs = MergeInputs(
         updates={task: adapter.canonical() for task, adapter in read.items()},
         factors={task: adapter.modules for task, adapter in read.items()},
         weights=dict(weights or {}),
         model=base_model,
-        data=data,
+        data=completed(base_model, data),
         heads=heads,
         seed=seed,
         impl=impl,
@@ -167,10 +236,10 @@ def prepare(
     recipe = {
         "base_model": {"path": name},
         "adapters": [{"name": task, "path": str(adapter.source)} for task, adapter in read.items()],
-        "modules_to_save": "keep-separate" if heads else "drop",
+        "modules_to_save": "keep-separate" if heads else "merge-dense" if dense else "drop",
         "seed": seed,
     }
-    return Prepared(inputs, common, recipe)
+    return Prepared(inputs, common, recipe, dense)
 
 
 def check_needs(method: methods.Method, has_model: bool, data: Mapping[str, Any] | None) -> None:
@@ -250,13 +319,15 @@ def check_inputs(recipe: Recipe) -> tuple[dict[str, Adapter], BaseSpec]:
     adapters = read_adapters(recipe)
     name = common_base(adapters.values(), None if recipe.base_model is None else recipe.base_model.path)
     base = recipe.base_model or BaseSpec(path=name)
+    check_installed(base)
     data = {spec.name: spec.data for spec in recipe.adapters if spec.data is not None}
     check_needs(method, True, data)
     for spec in recipe.adapters:
         if method.needs_data and spec.data is None:
             raise MergeError(f"adapter {spec.name!r} has no data, which method {method.name!r} needs")
         if spec.data is not None:
-            read_rows(spec.name, spec.data, recipe.seed)
+            check_data(spec.name, spec.data, recipe.seed)
+    check_tokenizers(adapter_folders(recipe))
     check_predictions(parameters, adapters)
     return adapters, base
 
@@ -268,15 +339,18 @@ def run_recipe(
     impl: str = "auto",
     on_stage: Callable[[str], None] = lambda _: None,
     on_step: Callable[[StepRecord], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    processes: Processes | None = None,
 ) -> tuple[MergeResult, nn.Module]:
-    """Loads what the recipe names and merges it.
+    """Loads what the recipe names and merges it; ``checkpoints`` and ``processes`` as :func:`merge_adapters`.
 
     Returns:
         The result, and the base model (unchanged), for the checks that follow.
     """
     prepared, model = prepare_recipe(recipe, device=device, impl=impl, on_stage=on_stage, on_step=on_step)
     on_stage("merging")
-    return prepared.run(methods.get(recipe.merge_method), recipe.method_parameters()), model
+    kept = {"checkpoints": checkpoints, "processes": processes}
+    return prepared.run(methods.get(recipe.merge_method), recipe.method_parameters(), **kept), model
 
 
 def prepare_recipe(
@@ -295,10 +369,10 @@ def prepare_recipe(
     model = load_base(base, modules, task_type=common_task_type(adapters.values()), device=device)
     check_predictions(recipe.method_parameters(), adapters, model)
     check_against_model([fit_to_model(adapter, model) for adapter in adapters.values()], model)
-    data = None
+    data, notices = None, []
     if methods.get(recipe.merge_method).needs_data:
         on_stage("reading data")
-        data = read_data(recipe, base)
+        data, notices = read_data(recipe, base, common_task_type(adapters.values()))
     weights = {s.name: s.parameters.weight for s in recipe.adapters if s.parameters.weight is not None}
     prepared = prepare(
         model,
@@ -312,14 +386,5 @@ def prepare_recipe(
     )
     resolved = recipe.model_dump(mode="json", exclude_none=True)
     resolved["base_model"] = base.model_dump(mode="json", exclude_none=True)
-    return replace(prepared, recipe=resolved), model
-
-
-def read_data(recipe: Recipe, base: BaseSpec) -> dict[str, list[Batch]]:
-    """Task -> tokenised batches of its unlabeled text."""
-    tokenizer = load_tokenizer(base)
-    return {
-        spec.name: text_batches(spec.name, spec.data, tokenizer, recipe.seed)
-        for spec in recipe.adapters
-        if spec.data is not None
-    }
+    common = {**prepared.common, "notices": (*prepared.common["notices"], *notices)}
+    return replace(prepared, recipe=resolved, common=common), model

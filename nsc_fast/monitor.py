@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .targets import tokens_of
+
 __all__ = ["RatioMonitor", "TokenBatch"]
 
 
@@ -25,12 +27,23 @@ class TokenBatch:
     """Tasks and padding of the sequences that go through the model together.
 
     Attributes:
-        task: ``(B,)`` int64, index of each sequence's task.
+        task: ``(B,)`` int64, index of each sequence's task; ``(1, N)``, of each token's, in a packed row.
         mask: ``(B, S)`` attention mask, or None when every token counts.
+        one_task: whether all sequences are of one task. Activations may then have any shape: the patches of
+            all images in one list, for example.
+        decoder: whether a decoder has inputs of its own, with ``decoder_mask`` in place of ``mask``.
+        decoder_mask: ``(B, S')``, or None when every token of the decoder counts.
+        frames: whether ``mask`` is one of sound, of which an encoder may make fewer tokens.
+        whole: where these are parts of batches: task -> token weight and number of sequences of its batch.
     """
 
     task: Tensor
     mask: Tensor | None = None
+    one_task: bool = False
+    decoder: bool = False
+    decoder_mask: Tensor | None = None
+    frames: bool = False
+    whole: Mapping[int, tuple[float, int]] | None = None
 
     def tokens(self, leading: torch.Size, module: str) -> tuple[Tensor, Tensor]:
         """Task index (int64) and weight (float32) of every token of activations of shape ``(*leading, d)``.
@@ -38,22 +51,40 @@ class TokenBatch:
         Raises:
             ValueError: the shape cannot be related to the batch; names the module.
         """
-        b = self.task.shape[0]
-        if (
-            self.mask is not None
-            and leading.numel() == self.mask.numel()
-            and leading[0] in (b, leading.numel())
-        ):
-            weight = self.mask.reshape(-1).to(torch.float32)
-        elif len(leading) >= 1 and leading[0] == b and (self.mask is None or len(leading) == 1):
-            weight = torch.ones(leading.numel(), dtype=torch.float32, device=self.task.device)
-        else:
-            mask = "no mask" if self.mask is None else f"a mask of shape {tuple(self.mask.shape)}"
-            raise ValueError(
-                f"module {module!r} receives activations of leading shape {tuple(leading)}, which do not fit "
-                f"{b} sequences with {mask}; leave the module out of the target modules"
-            )
-        return self.task.repeat_interleave(leading.numel() // b), weight
+        b, count = self.task.shape[0], leading.numel()
+        first = leading[0] if leading else 0
+        mask = self._mask_at(module)
+        if mask is not None and self.frames and len(leading) == 2 and mask.shape[1] % leading[1] == 0:
+            mask = mask[:, :: mask.shape[1] // leading[1]]
+        ones = torch.ones(count, dtype=torch.float32, device=self.task.device)
+        if self.task.ndim == 2 and count == self.task.numel():
+            return self.task.reshape(-1), ones
+        if self.task.ndim == 1 and mask is not None and count == mask.numel() and first in (b, count):
+            return self.task.repeat_interleave(count // b), mask.reshape(-1).to(torch.float32)
+        if self.task.ndim == 1 and (mask is None or len(leading) == 1) and first == b:
+            return self.task.repeat_interleave(count // b), ones
+        if self.task.ndim == 1 and mask is None and self.one_task:
+            return self.task[:1].expand(count), ones
+        told = "no mask" if mask is None else f"a mask of shape {tuple(mask.shape)}"
+        raise ValueError(
+            f"module {module!r} receives activations of leading shape {tuple(leading)}, which do not fit "
+            f"{b} sequences with {told}; leave the module out of the target modules"
+        )
+
+    def totals(self, leading: torch.Size, module: str) -> dict[int, float] | None:
+        """Sum of the token weights over each task's whole batch, where this is a part of it."""
+        if self.whole is None:
+            return None
+        b, counted = self.task.shape[0], self._mask_at(module) is not None and len(leading) > 1
+        if self.task.ndim == 1 and leading[0] == b and not counted:
+            return {k: sequences * leading.numel() / b for k, (_, sequences) in self.whole.items()}
+        return {k: weight for k, (weight, _) in self.whole.items()}
+
+    def _mask_at(self, module: str) -> Tensor | None:
+        kind = tokens_of(module)
+        if kind == "other":
+            return None
+        return self.decoder_mask if self.decoder and kind == "decoder" else self.mask
 
 
 @dataclass
@@ -65,6 +96,7 @@ class RatioMonitor:
         preferences: pi_k, summing to 1.
         targets: module path -> names of the tasks that adapt it.
         stopped: names of tasks whose ratios are still measured but no longer enter the loss.
+        latest: the module that was recorded last.
     """
 
     tasks: tuple[str, ...]
@@ -74,6 +106,7 @@ class RatioMonitor:
     loss: Tensor | None = None
     ratios: dict[str, Tensor] = field(default_factory=dict)
     recording: bool = False
+    latest: str = ""
     _terms: dict[str, list[Tensor]] = field(default_factory=dict)
     _means: dict[str, list[Tensor]] = field(default_factory=dict)
     _batch: TokenBatch | None = None
@@ -110,11 +143,15 @@ class RatioMonitor:
         self._batch, self.loss, self.recording, self._terms = None, None, False, {}
         self._cache.clear()
 
+    def _key(self, module: str, z: Tensor) -> tuple:
+        """What the tasks and weights of the tokens of ``z`` depend on."""
+        return tuple(self.targets[module]), tokens_of(module), z.shape[:-1], z.device
+
     def own_segment(self, module: str, z: Tensor) -> Tensor:
         """``(N,)`` int32: position of each token's task in the module's stack, -1 where it has none there."""
         present = tuple(self.targets[module])
         leading, device = z.shape[:-1], z.device
-        key = (present, leading, device)
+        key = self._key(module, z)
         if key not in self._cache:
             task, weight = self._batch.tokens(leading, module)
             order = torch.full((len(self.tasks),), -1, dtype=torch.int32)
@@ -122,14 +159,19 @@ class RatioMonitor:
                 order[self.tasks.index(name)] = position
             own = order.to(device)[task.to(device)]
             wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-            self._cache[key] = own, *self._weights(task.to(device), weight.to(device, wide), own)
+            totals = self._batch.totals(leading, module)
+            self._cache[key] = own, *self._weights(task.to(device), weight.to(device, wide), own, totals)
         return self._cache[key][0]
 
-    def _weights(self, task: Tensor, weight: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    def _weights(
+        self, task: Tensor, weight: Tensor, own: Tensor, totals: Mapping[int, float] | None
+    ) -> tuple[Tensor, Tensor]:
         """``a (N,)`` and the ``(K, N)`` averaging matrix for the per-task means."""
         k = len(self.tasks)
         member = torch.nn.functional.one_hot(task, k).t().to(weight.dtype) * weight
         total = member.sum(1, keepdim=True)
+        if totals is not None:
+            total = total.new_tensor([[totals.get(i, 0.0)] for i in range(k)])
         average = member / total.clamp(min=torch.finfo(weight.dtype).tiny)
         scale = torch.tensor(
             [
@@ -143,18 +185,26 @@ class RatioMonitor:
 
     def record(self, module: str, z: Tensor, omega: Tensor, p: Tensor) -> None:
         """Takes one call's ``omega (N,)``: its part of the loss, and its per-task means ``(K,)``."""
-        _, a, average = self._cache[(tuple(self.targets[module]), z.shape[:-1], z.device)]
+        _, a, average = self._cache[self._key(module, z)]
         # Padding has weight 0 and may hold anything.
         term = torch.where(a > 0, a * omega, 0.0).sum()
         if not self.recording:
             return
+        self.latest = module
         self._terms.setdefault(module, []).append(term)
         # Element by element: in a product, one task's NaN would reach the means of all.
         mean = torch.where(average > 0, average * omega.detach(), 0.0).sum(1)
         self._means.setdefault(module, []).append(mean)
 
+    def calls(self, module: str) -> int:
+        """How often the module was recorded in this pass."""
+        return len(self._terms.get(module, ()))
+
     def task_means(self) -> dict[str, float]:
-        """Mean ratio of each task over its target modules, of the pass that ended last."""
+        """Mean ratio of each task over its target modules, of the pass that ended last.
+
+        Where the pass held a part of a batch, the part's share of the mean.
+        """
         out = {}
         for k, name in enumerate(self.tasks):
             values = [r[k] for m, r in self.ratios.items() if name in self.targets[m]]

@@ -27,14 +27,14 @@ from torch import nn
 from . import methods
 from .batches import Batch, without_labels
 from .coefficients import block_of
+from .data import check_data, read_data
 from .errors import MergeError, RecipeError
 from .loss import NSCLoss
-from .merge import Prepared, prepare_recipe, read_data
+from .merge import Prepared, prepare_recipe
 from .parameters import Strict
 from .recipe import BaseSpec, Recipe
 from .result import MergeResult
 from .targets import select_targets
-from .text_data import read_rows
 from .verify import applied
 
 __all__ = ["GRIDS", "Point", "Sweep", "label_free", "parse_grid", "sweep"]
@@ -172,13 +172,14 @@ def sweep(
                 "score with a command"
             )
         for spec in specs:
-            read_rows(spec.name, spec.data, recipe.seed)
+            check_data(spec.name, spec.data, recipe.seed)
     bare = [spec.model_copy(update={"data": None}) for spec in recipe.adapters]
     data_free = recipe.model_copy(update={"adapters": tuple(bare)})
     prepared, model = prepare_recipe(data_free, device=device, impl=impl, on_stage=on_stage)
     if command is None:
         on_stage("reading data")
-        data = read_data(recipe, BaseSpec(**prepared.recipe["base_model"]))
+        base = BaseSpec(**prepared.recipe["base_model"])
+        data, _ = read_data(recipe, base, prepared.common["task_type"])
         score = label_free(prepared, model, data, impl=impl)
         sign, told = -1.0, "mean null-space ratio"
     else:

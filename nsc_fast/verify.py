@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,17 +21,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import methods
 from .adapters import Adapter, check_against_model, fit_to_model, module_shapes, read_adapter, write_lora
 from .errors import MergeError
 from .factors import LowRankUpdate, canonical
-from .layers import install, remove, stack_adapters
+from .layers import install, model_device, remove, stack_adapters
 from .loading import load_base
 from .methods import MergeInputs
 from .recipe import BaseSpec
 
-__all__ = ["Check", "applied", "probe", "verify_folder", "verify_output"]
+__all__ = ["Check", "applied", "probe", "verify_folder", "verify_full_model", "verify_output"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def verify_output(
     *,
     adapters: Mapping[str, Adapter] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> list[Check]:
     """All checks of a written folder against the merge in memory.
 
@@ -61,15 +63,17 @@ def verify_output(
         model: the base model; unchanged when the function returns.
         adapters: the merged adapters, for the identity check of the first one.
         inputs: model inputs for the comparison of outputs. Default: see :func:`probe`.
+        whole: path -> merged tensor of the modules that replace the base's. Default: those of the folder.
     """
-    written = read_adapter(out, name="merged")
+    written = read_adapter(out, name="merged", modules_to_save="keep-separate")
     rank = max(f.rank for f in written.modules.values())
     expected = {m: u.truncate(rank)[0] if u.rank > rank else u for m, u in updates.items()}
-    checks = [_weights_check(written, expected)]
+    checks = [_weights_check(written, expected, whole)]
+    whole = written.heads if whole is None else whole
     inputs = dict(inputs) if inputs is not None else probe(model)
     limit = _limit(model, written)
     base = _outputs(model, inputs)
-    in_memory = _with_updates(model, expected, inputs)
+    in_memory = _with_updates(model, expected, inputs, whole)
     reloaded = _with_peft(model, Path(out), inputs)
     checks.append(_compare("reload", reloaded, in_memory, limit, "outputs through PEFT against the merge"))
     change = _distance(in_memory, base)
@@ -121,7 +125,7 @@ def verify_folder(
     updates = _again(folder, summary, recipe, adapters)
     if updates is not None:
         return verify_output(folder, updates, model, adapters=adapters)
-    written = read_adapter(folder, name="merged").canonical()
+    written = read_adapter(folder, name="merged", modules_to_save="drop").canonical()
     checks = verify_output(folder, written, model, adapters=adapters)
     told = f"; method {summary['method']!r} cannot run again without data: the folder against itself"
     return [
@@ -129,6 +133,28 @@ def verify_folder(
         for check in checks
         if check.name != "weights"
     ]
+
+
+def verify_full_model(
+    out: str | os.PathLike[str], lora: str | os.PathLike[str], base: BaseSpec, *, device: str = "cpu"
+) -> Check:
+    """Loads a full model and compares its outputs with what PEFT merges in memory; one model at a time.
+
+    Args:
+        out: folder of the full model.
+        lora: the LoRA in it.
+        base: the base model, in the dtype of ``out``.
+    """
+    from peft import PeftModel
+
+    adapter = read_adapter(lora, modules_to_save="keep-separate")
+    kind = {"modules": tuple(adapter.modules), "task_type": adapter.task_type, "device": device}
+    model = load_base(base, **kind)
+    inputs, limit = probe(model), _limit(model, adapter)
+    expected = _outputs(PeftModel.from_pretrained(model, str(lora)).merge_and_unload(), inputs)
+    del model
+    got = _outputs(load_base(BaseSpec(path=str(out)), **kind), inputs)
+    return _compare("full model", got, expected, limit, "outputs against PEFT's merge_and_unload")
 
 
 def _sources(summary: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Adapter]:
@@ -177,23 +203,38 @@ def probe(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     config = getattr(model, "config", None)
     kind = getattr(model, "main_input_name", None)
-    device = next(model.parameters()).device
+    device = model_device(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if kind == "input_features" and hasattr(config, "num_mel_bins"):
+        frames = 2 * getattr(config, "max_source_positions", 50)
+        shape = (2, config.num_mel_bins, frames)
+        sound = torch.randn(shape, generator=generator).to(device, next(model.parameters()).dtype)
+        ids = torch.randint(0, text.vocab_size, (2, 12), generator=generator).to(device)
+        return {"input_features": sound, "decoder_input_ids": ids}
     if kind == "input_ids" and hasattr(text, "vocab_size"):
         ids = torch.randint(0, text.vocab_size, (2, 12), generator=generator).to(device)
         out = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(config, "is_encoder_decoder", False):
             out["decoder_input_ids"] = ids
+        vision = getattr(config, "vision_config", None)
+        if hasattr(vision, "image_size") and not model.can_generate():
+            out["pixel_values"] = _pixels(model, vision, generator)
         return out
     if kind == "pixel_values" and hasattr(config, "image_size"):
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        shape = (2, getattr(config, "num_channels", 3), size, size)
-        dtype = next(model.parameters()).dtype
-        return {"pixel_values": torch.randn(shape, generator=generator).to(device, dtype)}
+        return {"pixel_values": _pixels(model, config, generator)}
     raise MergeError(f"cannot make probe inputs for {type(model).__name__}; pass inputs= to the check")
 
 
-def _weights_check(written: Adapter, expected: Mapping[str, LowRankUpdate]) -> Check:
+def _pixels(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
+    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    first = next(model.parameters())
+    shape = (2, getattr(config, "num_channels", 3), size, size)
+    return torch.randn(shape, generator=generator).to(model_device(model), first.dtype)
+
+
+def _weights_check(
+    written: Adapter, expected: Mapping[str, LowRankUpdate], whole: Mapping[str, Tensor] | None
+) -> Check:
     got = written.canonical()
     worst, where = 0.0, ""
     for module, update in expected.items():
@@ -206,6 +247,11 @@ def _weights_check(written: Adapter, expected: Mapping[str, LowRankUpdate]) -> C
             error = _difference(update, other) / scale if scale > 0 else other.energy**0.5
         if error > worst:
             worst, where = error, module
+    for path, tensor in (whole or {}).items():
+        got, wide = written.heads.get(path), tensor.to(torch.float64)
+        error = 1.0 if got is None else float((got.to(wide) - wide).norm() / wide.norm().clamp(min=1e-30))
+        if error > worst:
+            worst, where = error, path
     eps = torch.finfo(_torch_dtype(written.dtype)).eps
     limit = 4 * eps
     detail = "factors on disk against the merge, relative" + (f"; worst at {where}" if where else "")
@@ -233,7 +279,7 @@ def _identity_check(named: tuple[str, Adapter], model: nn.Module, inputs: Mappin
     merged = {task: {m: canonical(f.down, f.up, f.scaling) for m, f in adapter.modules.items()}}
     theirs = (
         _with_peft(model, Path(adapter.source), inputs)
-        if Path(adapter.source).is_dir() and not adapter.heads
+        if Path(adapter.source).is_dir() and not adapter.heads and not adapter.dense
         else _with_updates(model, merged[task], inputs)
     )
     return _compare("identity", ours, theirs, limit, f"adapter {task!r} with coefficient 1 against itself")
@@ -273,10 +319,13 @@ def applied(model: nn.Module, updates: Mapping[str, LowRankUpdate]) -> Iterator[
 
 
 def _with_updates(
-    model: nn.Module, updates: Mapping[str, LowRankUpdate], inputs: Mapping[str, Tensor]
+    model: nn.Module,
+    updates: Mapping[str, LowRankUpdate],
+    inputs: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     with applied(model, updates):
-        return _outputs(model, inputs)
+        return _outputs(model, inputs, whole)
 
 
 def _with_peft(model: nn.Module, folder: Path, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -295,11 +344,19 @@ def _with_peft(model: nn.Module, folder: Path, inputs: Mapping[str, Tensor]) -> 
             parameter.requires_grad_(flag)
 
 
-def _outputs(model: Callable[..., object], inputs: Mapping[str, Tensor]) -> Tensor:
-    """All floating-point outputs of a forward pass, flat, in float32 (float64 stays)."""
+def _outputs(
+    model: nn.Module, inputs: Mapping[str, Tensor], whole: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """All floating-point outputs of a forward pass, flat, in float32 (float64 stays).
+
+    Args:
+        whole: path -> tensor in place of the model's.
+    """
     model.eval()
+    present = model.state_dict(keep_vars=True) if whole else {}
+    other = {path: tensor.to(present[path]) for path, tensor in (whole or {}).items()}
     with torch.no_grad():
-        out = model(**inputs)
+        out = functional_call(model, other, (), dict(inputs)) if other else model(**inputs)
     values = out.to_tuple() if hasattr(out, "to_tuple") else out if isinstance(out, tuple) else (out,)
     tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
     wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32

@@ -189,6 +189,6 @@ class TestTokenBatch:
     def test_activations_that_do_not_fit_name_the_module(self, leading, mask):
         tokens = TokenBatch(torch.tensor([5, 7]), torch.ones(2, 3) if mask else None)
         with pytest.raises(
-            ValueError, match="module 'vision.qkv' receives activations .* leave the module out"
+            ValueError, match="module 'layers.0.qkv' receives activations .* leave the module out"
         ):
-            tokens.tokens(torch.Size(leading), "vision.qkv")
+            tokens.tokens(torch.Size(leading), "layers.0.qkv")

@@ -186,7 +186,8 @@ class TestOneStep:
         driver = job.installed(start, "always")
         with pytest.raises(MergeError, match="cannot go through the model together .* 'auto' or 'never'"):
             driver.losses(batches)
-        driver.together = "auto"
+        remove(job.model)
+        driver = job.installed(start, "auto")
         got, _ = driver.losses(batches)
         assert got == pytest.approx(loss, rel=1e-10)
         assert error(job.gradients(driver), gradients) < 1e-9

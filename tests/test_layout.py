@@ -23,20 +23,45 @@ FLOORS = {
     0: ["errors"],
     1: ["factors", "reference", "kernels"],
     2: ["ops"],
-    3: ["adapters", "batches", "coefficients", "layers", "loss", "monitor", "targets"],
+    3: [
+        "adapters",
+        "batches",
+        "checkpoint",
+        "coefficients",
+        "dense",
+        "inputs",
+        "interference",
+        "layers",
+        "loss",
+        "memory",
+        "monitor",
+        "packing",
+        "targets",
+    ],
     4: [
+        "apply",
+        "checkpoint_files",
+        "data",
         "driver",
+        "footprint",
         "loading",
+        "loop",
         "merge",
         "methods",
+        "objectives",
         "parameters",
+        "planner",
+        "processes",
+        "quantised",
         "recipe",
+        "report",
         "result",
+        "sharding",
+        "signal",
         "sweep",
-        "text_data",
         "verify",
     ],
-    5: ["cli", "cli_recipe", "cli_tables", "demo", "report", "__main__"],
+    5: ["cli", "cli_apply", "cli_plan", "cli_recipe", "cli_run", "cli_tables", "demo", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 
@@ -280,9 +305,7 @@ class TestInstalling:
         names = set(zipfile.ZipFile(wheel).namelist())
         missing = {str(p.relative_to(ROOT).as_posix()) for p in sources()} - names
         assert not missing
-        data = [
-            p for p in (PACKAGE / "demo").rglob("*") if p.is_file() and p.suffix in (".gz", ".safetensors")
-        ]
+        data = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix in (".css", ".gz", ".safetensors")]
         assert {str(p.relative_to(ROOT).as_posix()) for p in data} <= names
 
     def test_an_installed_package_finds_its_kernels(self, wheel, tmp_path):

@@ -1,7 +1,7 @@
 """The main job on real input: four adapters in, one merged adapter out, and what it can do.
 
-``run`` compares the frozen base, each adapter alone, task arithmetic at several coefficients, and
-null-space compression with the paper's settings, on rows that none of them was trained on.
+``run`` compares the frozen base, each adapter alone, task arithmetic at several coefficients, null-space
+compression with the paper's settings, and the automatic choice, on rows that none of them was trained on.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from nsc_fast.factors import LowRankUpdate
 from nsc_fast.merge import merge_adapters
 from nsc_fast.parameters import NSCParameters
 from nsc_fast.result import MergeResult
+from nsc_fast.signal import signal_lines
 from nsc_fast.verify import verify_output
 
-__all__ = ["BASE", "COEFFICIENTS", "NSC", "Calibration", "DemoResult", "run"]
+__all__ = ["AUTO", "BASE", "COEFFICIENTS", "NSC", "Calibration", "DemoResult", "run"]
 
 COEFFICIENTS = (0.2, 0.3, 0.4, 0.5)
 """Of task arithmetic, beside 1/K."""
@@ -43,6 +44,9 @@ PAPER = {"steps": 100, "learning_rate": 1e-3, "init": 0.4}
 
 BASE = "base, no adapter"
 NSC = "NSC"
+AUTO = "auto"
+AUTO_STEPS = 60
+"""Of the optimisation inside ``auto``: fewer than its default, which takes minutes on two cores."""
 BATCH = 8
 SEED = 0
 
@@ -54,12 +58,14 @@ class DemoResult:
     Attributes:
         scores: method -> task -> score, in the order of the tables.
         seconds: stage -> time.
-        merged: what NSC returned.
+        nsc: what null-space compression returned.
+        merged: what ``auto`` returned, which is the merge that is written.
         output: folder of the merged adapter, if one was written.
     """
 
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    nsc: MergeResult | None = None
     merged: MergeResult | None = None
     output: Path | None = None
 
@@ -100,7 +106,7 @@ def run(
             exist, or be an empty folder.
         console: where to print; default: the terminal.
         test_rows: uses only so many test rows per task; default: all.
-        steps: of null-space compression; default: the paper's 100.
+        steps: of null-space compression and of ``auto``; default: the paper's 100, and 60.
 
     Returns:
         All scores and times, and the merge.
@@ -130,10 +136,15 @@ def run(
 
     with clock("evaluation"):
         _known_methods(result, encoder.model, adapters, tests, console)
-    with clock("NSC merge"):
-        result.merged = _nsc(encoder.model, adapters, data, steps, console)
-    with clock("evaluation"):
-        result.scores[NSC] = _score(encoder.model, result.merged.updates, tests, NSC, console)
+    for name, merge in ((NSC, _nsc), (AUTO, _auto)):
+        with clock(f"{name} merge"):
+            merged = merge(encoder.model, adapters, data, steps, console)
+        with clock("evaluation"):
+            result.scores[name] = _score(encoder.model, merged.updates, tests, name, console)
+        if name == NSC:
+            result.nsc = merged
+        else:
+            result.merged = merged
     if out is not None:
         with clock("writing and checks"), console.status("writing"):
             result.output = _write(out, result.merged, encoder.model, adapters)
@@ -199,6 +210,27 @@ def _nsc(
         )
 
 
+def _auto(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    data: Mapping[str, Calibration],
+    steps: int | None,
+    console: Console,
+) -> MergeResult:
+    steps = AUTO_STEPS if steps is None else steps
+    parameters = {"anchored_steps": steps, "signal_rows": 0}
+    with _bar(console, "auto, optimising", steps) as advance:
+        return merge_adapters(
+            model,
+            adapters,
+            data,
+            method="auto",
+            parameters=parameters,
+            seed=SEED,
+            on_step=lambda record: advance(1),
+        )
+
+
 def _write(out: Path, merged: MergeResult, model: nn.Module, adapters: Mapping[str, Adapter]) -> Path:
     """Writes the merge with the heads beside it, which are no part of it, and checks what was written."""
     heads = {task.name: dict(load_head(task).state_dict()) for task in TASKS}
@@ -215,18 +247,22 @@ def _write(out: Path, merged: MergeResult, model: nn.Module, adapters: Mapping[s
 
 def _report(console: Console, result: DemoResult, tests: Sequence[TestSet]) -> None:
     tasks = [test.task for test in tests]
-    others = [name for name in result.scores if name not in (FINE_TUNED, BASE, NSC)]
+    others = [name for name in result.scores if name not in (FINE_TUNED, BASE, AUTO)]
     console.print(score_table(result.scores, tasks))
     console.print(share_table(result.scores, tasks))
     usual = [_label(coefficient, len(tasks)) for coefficient in USUAL]
     rows = min(test.rows for test in tests)
-    console.print(verdict(result.scores, NSC, others, usual=usual, rows=rows))
-    history = result.merged.history
-    if history:
-        console.print(
-            f"Null-space ratio, {len(history)} steps: "
-            + ", ".join(f"{t} {history[0].ratios[t]:.3f} to {r:.3f}" for t, r in history[-1].ratios.items())
-        )
+    console.print(verdict(result.scores, AUTO, others, usual=usual, rows=rows))
+    history = result.nsc.history
+    console.print(
+        f"Null-space ratio, {len(history)} steps: "
+        + ", ".join(f"{t} {history[0].ratios[t]:.3f} to {r:.3f}" for t, r in history[-1].ratios.items())
+    )
+    if result.nsc.signal is not None:
+        for line in signal_lines(result.nsc.signal):
+            console.print(f"  {line}", highlight=False)
+    for notice in (*result.nsc.notices, *result.merged.notices):
+        console.print(f"Note: {notice}", highlight=False)
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result.seconds.items())
     console.print(f"Time: {spent}.")
     if result.output is not None:

@@ -171,9 +171,15 @@ def low_rank_output(
         x[:, rank] = 1.0
         torch.mul(c.t().to(wide), scaled, out=m[:rank])
         m[rank] = bias
-    out = p.new_empty(p.shape[0], c.shape[0])
-    _thin_mm(x, m, out)
-    return out.to(dtype)
+    out = p.new_empty(p.shape[0], c.shape[0], dtype=dtype)
+    if dtype == wide:
+        _thin_mm(x, m, out)
+        return out
+    for rows in _blocks(out, wide):
+        block = torch.empty_like(out[rows], dtype=wide)
+        _thin_mm(x[rows], m, block)
+        out[rows] = block
+    return out
 
 
 def coefficient_grads(
@@ -208,7 +214,9 @@ def coefficient_grads(
     dp = dcoef = row_scale = None
     if g is not None:
         h = torch.empty_like(p)
-        _thin_mm(g.to(wide), c.to(wide), h)
+        columns = c.to(wide)
+        for rows in _blocks(g, wide) if g.dtype != wide else (slice(None),):
+            _thin_mm(g[rows].to(wide), columns, h[rows])
         if want_dcoef:
             dcoef = (p * h).sum(0)
             if per_segment:

@@ -27,15 +27,15 @@ def test_the_demo_runs_reports_and_writes(tmp_path):
     result = demo.run(out, console=console, test_rows=24, steps=2)
 
     assert list(result.scores)[:2] == [FINE_TUNED, demo.BASE]
-    assert list(result.scores)[-1] == demo.NSC
-    assert len(result.scores) == 3 + len({*demo.COEFFICIENTS, 1 / len(TASKS)})
+    assert list(result.scores)[-2:] == [demo.NSC, demo.AUTO]
+    assert len(result.scores) == 4 + len({*demo.COEFFICIENTS, 1 / len(TASKS)})
     names = [task.name for task in TASKS]
     assert all(list(scores) == names for scores in result.scores.values())
-    assert len(result.merged.history) == 2
+    assert len(result.nsc.history) == 2
 
     text = console.export_text()
     assert all(method in text for method in result.scores)
-    assert "…" not in text and str(out) in text.replace("\n", "")
+    assert "auto chose" in text and "…" not in text and str(out) in text.replace("\n", "")
 
     merged = read_adapter(out)
     assert merged.base_model == BASE_MODEL

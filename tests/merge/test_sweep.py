@@ -74,10 +74,9 @@ def test_the_label_free_score_is_the_mean_ratio_of_the_merged_model(workshop):
     model = AutoModelForCausalLM.from_pretrained(workshop / "base").eval()
     for module, update in result.updates.items():
         model.get_submodule(module).weight.data += update.dense().float()
-    from nsc_fast.loading import load_tokenizer
-    from nsc_fast.text_data import text_batches
+    from nsc_fast.data import read_data
 
-    batches = text_batches("one", loaded.adapters[0].data, load_tokenizer(loaded.base_model), loaded.seed)
+    batches = read_data(loaded, loaded.base_model)[0]["one"]
     adapter = read_adapter(workshop / "a0").modules
     last = [m for m in adapter if m.startswith("model.layers.3.")]
     total = tokens = 0.0
