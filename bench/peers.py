@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EagerLayer", "GramRatio", "MaterialisedLayer", "eager_steps"]
+__all__ = ["EagerLayer", "GramRatio", "MaterialisedLayer", "eager_steps", "forward_backward"]
 
 
 class GramRatio:
@@ -87,3 +87,15 @@ def eager_steps(
         loss.backward()
         total = total + loss.detach().cpu()
     return total
+
+
+def forward_backward(layer: nn.Module, z: Tensor, g: Tensor) -> Callable[[], Tensor]:
+    """A call that runs the layer on z and back from g, and returns the output."""
+
+    def run() -> Tensor:
+        z.grad = None
+        y = layer(z)
+        y.backward(g)
+        return y
+
+    return run

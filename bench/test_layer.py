@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import nn
 
 from nsc_fast.factors import canonical, stack
 from nsc_fast.layers import MergedLinear
 
-from .peers import EagerLayer, GramRatio, MaterialisedLayer
+from .peers import EagerLayer, GramRatio, MaterialisedLayer, forward_backward
 
 # (tokens, d_in, d_out, tasks, rank)
 SHAPES = {
@@ -46,26 +46,18 @@ def test_layer_forward_backward(compare, device, size, name) -> None:
     z = torch.randn(n, d_in, device=device, dtype=dtype, requires_grad=True)
     g = torch.randn(n, d_out, device=device, dtype=dtype)
 
-    def both(layer: nn.Module):
-        def run() -> Tensor:
-            z.grad = None
-            y = layer(z)
-            y.backward(g)
-            return y
-
-        return run
-
-    _same(both(ours)(), z.grad, coefficients, both(eager)(), z.grad, eager.coefficients, z)
+    got = forward_backward(ours, z, g)(), z.grad, coefficients
+    _same(*got, forward_backward(eager, z, g)(), z.grad, eager.coefficients, z)
     limit = 1 + 1.5 * tasks * rank * (d_in + d_out) / (d_in * d_out)
     goal = min(GOALS.get(name, limit), limit)
     compare(
-        both(ours),
+        forward_backward(ours, z, g),
         {
-            "frozen base layer": both(base),
-            "eager concatenated adapters": both(eager),
-            "W_merge under autograd": both(materialised),
-            "torch.compile of the eager form": both(torch.compile(eager, dynamic=False)),
-            "PEFT, adapters active together": both(peft),
+            "frozen base layer": forward_backward(base, z, g),
+            "eager concatenated adapters": forward_backward(eager, z, g),
+            "W_merge under autograd": forward_backward(materialised, z, g),
+            "torch.compile of the eager form": forward_backward(torch.compile(eager, dynamic=False), z, g),
+            "PEFT, adapters active together": forward_backward(peft, z, g),
         },
         case=f"N={n} {d_in}x{d_out} K={tasks} r={rank} {str(dtype)[6:]} (flop limit {limit:.2f})",
         goals={

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nsc_fast.factors import canonical, stack
 from nsc_fast.layers import MergedLinear
+
+from .peers import forward_backward
 
 # (tokens, width, tasks, rank). The width of Llama's attention on a CPU as well: in a layer narrower than 2880
 # the low-rank path alone takes more operations than a tenth of the base's.
@@ -37,26 +39,17 @@ def test_quantised_layer(compare, device, size, name) -> None:
     z = torch.randn(n, d, device=device, dtype=dtype, requires_grad=True)
     g = torch.randn(n, d, device=device, dtype=dtype)
 
-    def both(layer: nn.Module):
-        def run() -> Tensor:
-            z.grad = None
-            y = layer(z)
-            y.backward(g)
-            return y
-
-        return run
-
     weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
     for a, b in zip(downs, ups, strict=True):
         weight = weight + 0.4 * (b.to(weight) @ a.to(weight))
-    y = both(ours)()
+    y = forward_backward(ours, z, g)()
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     for got, expected in ((y, z.detach() @ weight.t()), (z.grad, g @ weight)):
         assert (got - expected).abs().max() <= tolerance * expected.abs().max()
     limit = 1 + 1.5 * tasks * rank * 2 / d
     compare(
-        both(ours),
-        {"4-bit layer alone": both(base)},
+        forward_backward(ours, z, g),
+        {"4-bit layer alone": forward_backward(base, z, g)},
         case=f"N={n} {d}x{d} nf4 K={tasks} r={rank} {str(dtype)[6:]} (flop limit {limit:.2f})",
         goals={"4-bit layer alone": f">= {1 / GOAL:.3f} (at most {GOAL:.2f} times it)"},
     )

@@ -195,7 +195,7 @@ def join(
         return None
     if any(value.ndim == 0 or value.shape[0] != rows(part) for part in parts for value in part.values()):
         return None
-    lengths = [_length(part) for part in parts]
+    lengths = [length_of(part) for part in parts]
     if any(length is None for length in lengths) and len({_shape(part) for part in parts}) > 1:
         return None
     longest = max((length for length in lengths if length is not None), default=None)
@@ -219,7 +219,7 @@ def join(
     return out, _tokens(out, task, one_task=False)
 
 
-def _length(batch: Batch) -> int | None:
+def length_of(batch: Batch) -> int | None:
     """Sequence length, where the batch has one."""
     for key in ("input_ids", "inputs_embeds", "attention_mask"):
         if key in batch:
@@ -234,7 +234,7 @@ def _shape(batch: Batch) -> tuple:
 def _with_mask(batch: Batch) -> dict[str, Tensor]:
     if "attention_mask" in batch:
         return dict(batch)
-    shape = rows(batch), _length(batch)
+    shape = rows(batch), length_of(batch)
     return {**batch, "attention_mask": torch.ones(shape, dtype=torch.int64, device=_device(batch))}
 
 

@@ -22,6 +22,7 @@ from .layers import Installation, install, remove
 from .loop import Objective, StepRecord, Stream, minimise
 from .memory import EndOfPass, checkpointed
 from .monitor import TokenBatch
+from .objectives.running import evaluating
 from .packing import Passes, backbone, check_positions, forward_options, positions
 from .parameters import NSCParameters
 from .processes import Processes
@@ -302,16 +303,13 @@ def optimise(
 @contextmanager
 def restored(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode for a while; modes and ``requires_grad`` come back as they were."""
-    modes = {module: module.training for module in model.modules()}
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
     try:
-        yield model
+        with evaluating(model, gradients=True):
+            yield model
     finally:
         for parameter, wanted in frozen.items():
             parameter.requires_grad_(wanted)
-        for module, training in modes.items():
-            module.training = training
 
 
 def target_modules(

@@ -43,7 +43,23 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-class MergedLinear(nn.Module):
+class AroundLayer(nn.Module):
+    """Stands in the place of a layer, ``base``, and shows its weight and bias."""
+
+    base: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's; some models (T5) ask a layer for the dtype of its weight."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        return self.base.bias
+
+
+class MergedLinear(AroundLayer):
     """``base(z) + sum_k lambda_k s_k B_k A_k z`` with trainable lambda.
 
     Args:
@@ -93,16 +109,6 @@ class MergedLinear(nn.Module):
         # The plain layers, whose product can accumulate onto ours. Anything else (quantised, hooked, ...) is
         # called and stays in the autograd graph.
         self._plain = (type(base) is nn.Linear or type(base).__name__ == "Conv1D") and not _wrapped(weight)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's; some models (T5) ask a layer for the dtype of its weight."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's."""
-        return self.base.bias
 
     def forward(self, z: Tensor) -> Tensor:
         task = None
@@ -250,7 +256,7 @@ def install(
     }
     model.requires_grad_(False)
     for name, layer in layers.items():
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     bind(model, coefficients)
     return Installation(coefficients, monitor, tuple(layers))
 
@@ -260,7 +266,7 @@ def remove(model: nn.Module) -> None:
     release(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, MergedLinear):
-            _replace(model, name, module.base)
+            replace_module(model, name, module.base)
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -268,6 +274,7 @@ def model_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module at a path of the model."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

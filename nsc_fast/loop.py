@@ -13,7 +13,7 @@ from torch import nn
 from .batches import Batch
 from .checkpoint import Checkpoints, Recorder, Stateful, digest
 from .layers import Installation
-from .parameters import NSCParameters
+from .parameters import Descent
 from .processes import Processes, Shared
 
 __all__ = ["Objective", "StepRecord", "Stream", "minimise"]
@@ -67,7 +67,7 @@ class Stream(Stateful, Protocol):
 def minimise(
     driver: Objective,
     streams: Mapping[str, Stream],
-    parameters: NSCParameters,
+    parameters: Descent,
     on_step: Callable[[StepRecord], None] | None,
     checkpoints: Checkpoints | None = None,
     processes: Processes | None = None,
@@ -136,7 +136,7 @@ def minimise(
 def _facts(
     coefficients: nn.Module,
     streams: Mapping[str, Stream],
-    parameters: NSCParameters,
+    parameters: Descent,
     processes: Processes | None,
 ) -> dict[str, Any]:
     """What the loop depends on, to be compared with another process or a later run."""
@@ -151,7 +151,7 @@ def _facts(
 class _EarlyStop:
     """Stops when no loss of the last ``patience`` steps was below the best before by ``min_delta``."""
 
-    def __init__(self, parameters: NSCParameters) -> None:
+    def __init__(self, parameters: Descent) -> None:
         self._rule = parameters.early_stopping
         self._best, self._waited = float("inf"), 0
 

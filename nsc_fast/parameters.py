@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["EarlyStopping", "NSCParameters", "Scope"]
+__all__ = ["Descent", "EarlyStopping", "NSCParameters", "Scope"]
 
 
 class Strict(BaseModel):
@@ -23,18 +23,6 @@ class Scope(Strict):
     layers: str = "last_quarter"
 
 
-def positive(preferences: dict[str, float] | None) -> dict[str, float] | None:
-    """Preferences that can be normalised.
-
-    Raises:
-        ValueError: a negative one, or none above zero.
-    """
-    values = [1.0] if preferences is None else list(preferences.values())
-    if any(v < 0 for v in values) or sum(values) <= 0:
-        raise ValueError("preferences must not be negative and must not all be zero")
-    return preferences
-
-
 class EarlyStopping(Strict):
     """Stop after ``patience`` steps without a loss lower than the best by ``min_delta``."""
 
@@ -42,7 +30,44 @@ class EarlyStopping(Strict):
     min_delta: float = Field(0.0, ge=0)
 
 
-class NSCParameters(Strict):
+class Descent(Strict):
+    """AdamW on merge coefficients: what all methods that optimise have in common.
+
+    Attributes:
+        steps: optimisation steps, each with one batch of every task.
+        learning_rate, weight_decay: of AdamW.
+        schedule, warmup_steps: of the learning rate.
+        preferences: weight of every task, normalised.
+        log_coefficients_every: steps between two records of the coefficients in the history.
+    """
+
+    steps: int = Field(100, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    early_stopping: EarlyStopping | None = None
+    preferences: dict[str, float] | None = None
+    log_coefficients_every: int = Field(10, ge=1)
+
+    @field_validator("preferences")
+    @classmethod
+    def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is not None and (any(v < 0 for v in value.values()) or sum(value.values()) <= 0):
+            raise ValueError("preferences must not be negative and must not all be zero")
+        return value
+
+    def rate_at(self, step: int) -> float:
+        """Factor on the learning rate at a step (from 0)."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        done = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
+        return 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+
+class NSCParameters(Descent):
     """How the coefficients are optimised.
 
     The paper: AdamW from 0.4, learning rate 1e-3 and 100 steps for vision models, 3e-4 and 500 steps for
@@ -63,17 +88,9 @@ class NSCParameters(Strict):
     """
 
     granularity: Literal["task", "layer", "module", "rank"] = "layer"
-    steps: int = Field(100, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
     init: float = 0.4
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    early_stopping: EarlyStopping | None = None
-    preferences: dict[str, float] | None = None
     scope: Scope = Scope()
     batching: Literal["auto", "always", "never"] = "auto"
-    log_coefficients_every: int = Field(10, ge=1)
     stop_at_alone: bool = False
     signal_rows: int = Field(32, ge=0)
     checkpointing: Literal["auto", "never", "feed_forward", "always"] = "auto"
@@ -97,17 +114,3 @@ class NSCParameters(Strict):
         if self.stop_at_alone and self.signal_rows == 0:
             raise ValueError("stop_at_alone needs the ratios of the adapters alone: set signal_rows above 0")
         return self
-
-    @field_validator("preferences")
-    @classmethod
-    def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        return positive(value)
-
-    def rate_at(self, step: int) -> float:
-        """Factor on the learning rate at a step (from 0)."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return 1.0
-        done = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        return 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, token_batch
+from .batches import Batch, length_of, token_batch
 from .driver import backbone
 from .factors import LowRankUpdate
 from .layers import model_device
@@ -234,16 +234,8 @@ class SignalProbe:
         for batch in self.batches[task]:
             mask = token_batch(batch, 0, torch.device("cpu")).mask
             first = next(iter(batch.values()))
-            count += int(mask.sum()) if mask is not None else first.shape[0] * _length(batch)
+            count += int(mask.sum()) if mask is not None else first.shape[0] * (length_of(batch) or 1)
         return count
-
-
-def _length(batch: Batch) -> int:
-    """Sequence length where the batch has one; 1 for batches of other things."""
-    for key in ("input_ids", "inputs_embeds"):
-        if key in batch:
-            return batch[key].shape[1]
-    return 1
 
 
 def _chance(update: LowRankUpdate) -> float:

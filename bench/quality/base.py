@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Base", "Kind", "Lora", "Split", "Suite", "Task"]
@@ -143,3 +144,8 @@ class Base(Protocol):
     def score(self, task: Task, outputs: list[Tensor], targets: list[Any]) -> float:
         """Score over all batches; larger is better."""
         ...
+
+
+def correlation(outputs: Tensor, targets: Tensor) -> float:
+    """Pearson's, over all entries of two tensors of equal size."""
+    return float(torch.corrcoef(torch.stack([outputs.flatten(), targets.flatten()]).double())[0, 1])

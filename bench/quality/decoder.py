@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nsc_fast.errors import MergeError
 
-from .base import Lora, Split, Task
+from .base import Lora, Split, Task, correlation
 from .tasks import PAIR, THREE, divide, file_rows
 
 __all__ = ["BASE", "TASKS", "Decoder", "Example", "cached_folder", "model_folder"]
@@ -168,8 +168,7 @@ class Decoder:
     def score(self, task: Task, outputs: list[Tensor], targets: list[Tensor]) -> float:
         """Accuracy over rows or tokens, or the correlation."""
         if task.kind == "regression":
-            pair = torch.stack([torch.cat(outputs).flatten(), torch.cat(targets).flatten()])
-            return float(torch.corrcoef(pair.double())[0, 1])
+            return correlation(torch.cat(outputs), torch.cat(targets))
         right = sum(int((o.argmax(-1) == t).sum()) for o, t in zip(outputs, targets, strict=True))
         return right / sum(map(len, targets))
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,7 @@ from nsc_fast.targets import block_of, select_targets
 
 from . import suites
 from .run import provenance
-from .tasks import DATA_VARIABLE
-from .train import CACHE, adapter_folder, cache_folder
+from .train import adapter_folder, cache_folder, parsed
 from .workshop import Configuration, Workshop, parse
 
 __all__ = ["draw", "main", "merges", "pearson", "samples", "spearman", "training"]
@@ -222,19 +220,12 @@ def blocks(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="bench.quality.phenomenon", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--suite", required=True, help=", ".join(s.name for s in suites.SUITES))
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--method", default="nsc", help="of the merge, as in bench.quality.run")
     parser.add_argument("--rows", type=int, default=200, help="test rows per task that are looked at singly")
-    parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder of the adapters; default: {CACHE}")
-    parser.add_argument("--data", type=Path, help=f"folder of the data files; default: {DATA_VARIABLE}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter-seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(argv)
-    if options.data is not None:
-        os.environ[DATA_VARIABLE] = str(options.data)
-    torch.set_num_threads(options.threads)
+    options = parsed(parser, argv)
     chosen, cache = suites.suite(options.suite), cache_folder(options.cache)
     shop = Workshop(chosen, cache, adapter_seed=options.adapter_seed, rows=options.rows)
     configuration = parse(options.method, shop.base)[0]

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -40,8 +39,7 @@ import torch
 from nsc_fast.result import environment
 
 from . import suites
-from .tasks import DATA_VARIABLE
-from .train import CACHE, cache_folder
+from .train import cache_folder, parsed
 from .workshop import UNLABELED, UNLABELED_BATCH, Configuration, Merged, Workshop, configurations, parse
 
 __all__ = ["BASE_LABEL", "FINE_TUNED", "main", "measure", "provenance"]
@@ -209,19 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.quality.run", description=__doc__.split("\n", 1)[0]
     )
-    parser.add_argument("--suite", required=True, help=", ".join(s.name for s in suites.SUITES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=[], help="names, or LABEL=METHOD:JSON; default: all")
-    parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder of the adapters; default: {CACHE}")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
-    parser.add_argument("--data", type=Path, help=f"folder of the data files; default: {DATA_VARIABLE}")
     parser.add_argument("--rows", type=int, default=500, help="test rows per task, 0 for all")
     parser.add_argument("--adapter-seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(argv)
-    if options.data is not None:
-        os.environ[DATA_VARIABLE] = str(options.data)
-    torch.set_num_threads(options.threads)
+    options = parsed(parser, argv)
     chosen = suites.suite(options.suite)
     base = suites.base(chosen.base)
     wanted = [c for text in options.methods for c in parse(text, base)] or configurations(base)

@@ -37,7 +37,7 @@ from . import suites
 from .base import Base, Task
 from .tasks import DATA_VARIABLE
 
-__all__ = ["CACHE", "adapter_folder", "cache_folder", "evaluate", "is_trained", "main", "train"]
+__all__ = ["CACHE", "adapter_folder", "cache_folder", "evaluate", "is_trained", "main", "parsed", "train"]
 
 CACHE = Path("~/.cache/nsc_fast/quality")
 WARMUP = 0.06
@@ -360,22 +360,28 @@ def _save(run: _Run, out: Path) -> None:
     save_file(state, out / "head.safetensors")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.quality.train", description=__doc__.split("\n", 1)[0]
-    )
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Adds what all commands on suites have in common, parses, and sets data folder and threads."""
     parser.add_argument("--suite", required=True, help=", ".join(s.name for s in suites.SUITES))
-    parser.add_argument("--task", action="append", default=[], help="repeatable; default: all of the suite")
-    parser.add_argument("--cache", type=Path, default=CACHE, help=f"default: {CACHE}")
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder of the adapters; default: {CACHE}")
     parser.add_argument("--data", type=Path, help=f"folder of the data files; default: {DATA_VARIABLE}")
-    parser.add_argument("--steps", type=int, help="default: each task's own")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
     if options.data is not None:
         os.environ[DATA_VARIABLE] = str(options.data)
     torch.set_num_threads(options.threads)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality.train", description=__doc__.split("\n", 1)[0]
+    )
+    parser.add_argument("--task", action="append", default=[], help="repeatable; default: all of the suite")
+    parser.add_argument("--steps", type=int, help="default: each task's own")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parsed(parser, argv)
     chosen = suites.suite(options.suite)
     base, cache = suites.base(chosen.base), cache_folder(options.cache)
     for name in options.task or chosen.tasks:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from nsc_fast.errors import MergeError
 
-from .base import Lora, Split, Task
+from .base import Lora, Split, Task, correlation
 from .tasks import DATA_VARIABLE, data_folder, divide
 
 __all__ = ["BASE", "TASKS", "Example", "Vision", "edge_strength", "onnx_file"]
@@ -210,7 +210,7 @@ class Vision:
         if task.kind == "classification":
             return float((output.argmax(1) == target).float().mean())
         if task.kind == "edges":
-            return float(torch.corrcoef(torch.stack([output.flatten(), target.flatten()]).double())[0, 1])
+            return correlation(output, target)
         scored = target != VOID
         classes = len(task.labels)
         pairs = target[scored] * classes + output.argmax(1)[scored]

@@ -26,7 +26,6 @@ from nsc_fast.demo.tasks import TASKS, Task, batches, collate, encode
 from nsc_fast.errors import MergeError
 from nsc_fast.factors import LowRankUpdate
 from nsc_fast.merge import merge_adapters
-from nsc_fast.parameters import NSCParameters
 from nsc_fast.result import MergeResult
 from nsc_fast.signal import signal_lines
 from nsc_fast.verify import verify_output
@@ -106,7 +105,8 @@ def run(
             exist, or be an empty folder.
         console: where to print; default: the terminal.
         test_rows: uses only so many test rows per task; default: all.
-        steps: of null-space compression and of ``auto``; default: the paper's 100, and 60.
+        steps: of null-space compression and of ``auto``; default: the paper's and
+            ``AUTO_STEPS``.
 
     Returns:
         All scores and times, and the merge.
@@ -136,15 +136,13 @@ def run(
 
     with clock("evaluation"):
         _known_methods(result, encoder.model, adapters, tests, console)
-    for name, merge in ((NSC, _nsc), (AUTO, _auto)):
+    merges = {}
+    for name in (NSC, AUTO):
         with clock(f"{name} merge"):
-            merged = merge(encoder.model, adapters, data, steps, console)
+            merges[name] = _merge(encoder.model, adapters, data, name, steps, console)
         with clock("evaluation"):
-            result.scores[name] = _score(encoder.model, merged.updates, tests, name, console)
-        if name == NSC:
-            result.nsc = merged
-        else:
-            result.merged = merged
+            result.scores[name] = _score(encoder.model, merges[name].updates, tests, name, console)
+    result.nsc, result.merged = merges[NSC], merges[AUTO]
     if out is not None:
         with clock("writing and checks"), console.status("writing"):
             result.output = _write(out, result.merged, encoder.model, adapters)
@@ -190,41 +188,27 @@ def _score(
             return evaluate(model, tests, progress=advance)
 
 
-def _nsc(
+def _merge(
     model: nn.Module,
     adapters: Mapping[str, Adapter],
     data: Mapping[str, Calibration],
+    name: str,
     steps: int | None,
     console: Console,
 ) -> MergeResult:
-    parameters = NSCParameters(**(PAPER if steps is None else {**PAPER, "steps": steps}))
-    with _bar(console, "NSC, optimising", parameters.steps) as advance:
+    """The merge by null-space compression or by ``auto``, with a bar over its optimisation steps."""
+    if name == NSC:
+        steps = PAPER["steps"] if steps is None else steps
+        parameters = {**PAPER, "steps": steps}
+    else:
+        steps = AUTO_STEPS if steps is None else steps
+        parameters = {"anchored_steps": steps, "signal_rows": 0}
+    with _bar(console, f"{name}, optimising", steps) as advance:
         return merge_adapters(
             model,
             adapters,
             data,
-            method="nsc",
-            parameters=parameters,
-            seed=SEED,
-            on_step=lambda record: advance(1),
-        )
-
-
-def _auto(
-    model: nn.Module,
-    adapters: Mapping[str, Adapter],
-    data: Mapping[str, Calibration],
-    steps: int | None,
-    console: Console,
-) -> MergeResult:
-    steps = AUTO_STEPS if steps is None else steps
-    parameters = {"anchored_steps": steps, "signal_rows": 0}
-    with _bar(console, "auto, optimising", steps) as advance:
-        return merge_adapters(
-            model,
-            adapters,
-            data,
-            method="auto",
+            method=name.lower(),
             parameters=parameters,
             seed=SEED,
             on_step=lambda record: advance(1),

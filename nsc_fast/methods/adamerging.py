@@ -15,20 +15,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ..driver import optimise
-from ..errors import MergeError
 from ..factors import LowRankUpdate
-from ..parameters import EarlyStopping, NSCParameters, Strict
+from ..parameters import Descent
 from ..result import MergeResult
 from .algebra import compress, energy_notice
-from .base import MergeInputs, Method, linear_result, modules_of
+from .base import MergeInputs, Method, linear_result, modules_of, require_model_and_data
 from .elementwise import Election, Entries, selected
 from .entropy import EntropyObjective
 
 
-class Parameters(Strict):
+class Parameters(Descent):
     """How the coefficients are optimised; the paper's values by default.
 
     Attributes:
@@ -47,25 +46,11 @@ class Parameters(Strict):
     max_new_tokens: int = Field(128, ge=1)
     token_reduction: Literal["mean", "sum"] = "mean"
     steps: int = Field(500, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
     init: float = 0.3
     bounds: tuple[float, float] | None = (0.0, 1.0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    early_stopping: EarlyStopping | None = None
-    preferences: dict[str, float] | None = None
-    log_coefficients_every: int = Field(10, ge=1)
     plus_plus: bool = False
     density: float = Field(0.2, gt=0, le=1)
     max_rank: int | None = Field(None, ge=1)
-
-    @field_validator("preferences")
-    @classmethod
-    def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value is not None and (any(v < 0 for v in value.values()) or sum(value.values()) <= 0):
-            raise ValueError("preferences must not be negative and must not all be zero")
-        return value
 
     @model_validator(mode="after")
     def _ordered(self) -> Parameters:
@@ -75,12 +60,9 @@ class Parameters(Strict):
             raise ValueError("max_rank truncates the kept parts of plus_plus only")
         return self
 
-    rate_at = NSCParameters.rate_at
-
 
 def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
-    if inputs.model is None or inputs.data is None:
-        raise MergeError("method 'adamerging' needs the base model and unlabeled data of every task")
+    require_model_and_data("adamerging", inputs)
     EntropyObjective.check(inputs.model, parameters.entropy)
     modules_of(inputs)
     updates, notices = inputs.updates, ()

@@ -11,30 +11,27 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ..checkpoint import digest
 from ..driver import check_data, minimise, restored
-from ..errors import MergeError
 from ..layers import install, remove
 from ..objectives.anchored import Anchor, AnchoredObjective, Anchors, anchors
 from ..objectives.cores import install_cores, remove_cores
-from ..parameters import EarlyStopping, NSCParameters, Strict, positive
+from ..parameters import Descent
 from ..result import MergeResult
-from .base import MergeInputs, Method, linear_result, modules_of, plain_result
+from .base import MergeInputs, Method, linear_result, modules_of, plain_result, require_model_and_data
 from .measured import sampled, with_signal
 
 
-class Parameters(Strict):
-    """
+class Parameters(Descent):
+    """How the distance is minimised.
+
     Attributes:
         granularity: "core", an R x R matrix a module between the stacked factors, or merge coefficients per
             "task", "layer" (block), "module" or "rank".
         rows: unlabeled rows of every task; the states of all of them stay in memory.
-        steps: optimisation steps, each with one batch of every task.
-        learning_rate: of AdamW.
         init: merge coefficient at the start, for tasks without a weight.
-        preferences: weight of every task, normalised.
         signal_rows: rows of every task on which the null-space signal is measured (``nsc_fast.signal``), for
             the report alone; 0 for no measurement.
     """
@@ -43,26 +40,13 @@ class Parameters(Strict):
     rows: int = Field(256, ge=1)
     steps: int = Field(200, ge=1)
     learning_rate: float = Field(5e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
     init: float = 0.4
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    early_stopping: EarlyStopping | None = None
-    preferences: dict[str, float] | None = None
-    log_coefficients_every: int = Field(10, ge=1)
     signal_rows: int = Field(32, ge=0)
-
-    @field_validator("preferences")
-    @classmethod
-    def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        return positive(value)
-
-    rate_at = NSCParameters.rate_at
 
 
 def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
-    if inputs.model is None or inputs.data is None:
-        raise MergeError("method 'anchored' needs the base model and unlabeled data of every task")
+    require_model_and_data("anchored", inputs)
     check_data(inputs.updates, inputs.data)
     modules_of(inputs)
     batches, inputs = sampled(inputs, parameters.rows)

@@ -24,7 +24,7 @@ from ..objectives.score import Score, held_out, score
 from ..parameters import Strict
 from ..result import MergeResult
 from . import anchored, closed_form
-from .base import MergeInputs, Method, modules_of
+from .base import MergeInputs, Method, modules_of, require_model_and_data
 from .measured import sampled, with_signal
 
 
@@ -79,8 +79,7 @@ class _Judged:
 
 
 def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
-    if inputs.model is None or inputs.data is None:
-        raise MergeError("method 'auto' needs the base model and unlabeled data of every task")
+    require_model_and_data("auto", inputs)
     check_data(inputs.updates, inputs.data)
     modules_of(inputs)
     if inputs.weights:

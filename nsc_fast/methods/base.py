@@ -28,9 +28,11 @@ __all__ = [
     "equal_ranks",
     "factors_at",
     "linear_result",
+    "merged_updates",
     "modules_of",
     "per_task",
     "plain_result",
+    "require_model_and_data",
     "updates_at",
 ]
 
@@ -105,19 +107,42 @@ def linear_result(
     Args:
         coefficients: module path -> ``(K_m,)`` or ``(R_m,)`` in the order of the module's stack.
     """
-    own = {
-        module: [(task, updates[module]) for task, updates in inputs.updates.items() if module in updates]
-        for module in dict.fromkeys(m for updates in inputs.updates.values() for m in updates)
-    }
     return MergeResult(
         method=name,
         tasks=inputs.tasks,
-        updates={module: weighted_sum(named, coefficients[module]) for module, named in own.items()},
+        updates=merged_updates(inputs, coefficients),
         coefficients=coefficients,
-        stack_tasks={module: tuple(task for task, _ in named) for module, named in own.items()},
+        stack_tasks={
+            module: tuple(task for task, own in inputs.updates.items() if module in own)
+            for module in _adapted(inputs)
+        },
         parameters=parameters.model_dump(mode="json"),
         **more,
     )
+
+
+def merged_updates(inputs: MergeInputs, coefficients: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
+    """Module path -> ``sum_k lambda_k s_k B_k A_k``, exact; arguments as for :func:`linear_result`."""
+    out = {}
+    for module in _adapted(inputs):
+        named = [(task, own[module]) for task, own in inputs.updates.items() if module in own]
+        out[module] = weighted_sum(named, coefficients[module])
+    return out
+
+
+def _adapted(inputs: MergeInputs) -> list[str]:
+    """Modules that at least one task adapts, in the order of first appearance."""
+    return list(dict.fromkeys(m for updates in inputs.updates.values() for m in updates))
+
+
+def require_model_and_data(name: str, inputs: MergeInputs) -> None:
+    """For methods that run the model.
+
+    Raises:
+        MergeError: the model or the data were not given.
+    """
+    if inputs.model is None or inputs.data is None:
+        raise MergeError(f"method {name!r} needs the base model and unlabeled data of every task")
 
 
 def per_task(inputs: MergeInputs, default: float) -> dict[str, Tensor]:
@@ -159,7 +184,7 @@ def modules_of(inputs: MergeInputs) -> list[str]:
         raise MergeError(
             f"a weight was given for {unknown[0]!r}, which is no adapter ({', '.join(inputs.tasks)})"
         )
-    return list(dict.fromkeys(m for updates in inputs.updates.values() for m in updates))
+    return _adapted(inputs)
 
 
 def updates_at(inputs: MergeInputs, module: str) -> dict[str, LowRankUpdate]:

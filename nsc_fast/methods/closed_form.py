@@ -13,12 +13,11 @@ from pydantic import Field
 
 from ..coefficients import group_of
 from ..driver import check_data
-from ..errors import MergeError
 from ..factors import canonical
 from ..objectives.least_squares import Moments, coefficients, core, second_moments
 from ..parameters import Strict
 from ..result import MergeResult
-from .base import MergeInputs, Method, linear_result, modules_of, plain_result
+from .base import MergeInputs, Method, linear_result, modules_of, plain_result, require_model_and_data
 from .measured import sampled
 
 
@@ -42,8 +41,7 @@ class Parameters(Strict):
 
 
 def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
-    if inputs.model is None or inputs.data is None:
-        raise MergeError("method 'closed_form' needs the base model and unlabeled data of every task")
+    require_model_and_data("closed_form", inputs)
     check_data(inputs.updates, inputs.data)
     modules_of(inputs)
     batches, inputs = sampled(inputs, parameters.rows)

@@ -10,13 +10,12 @@ from torch import Tensor
 from ..batches import Batch
 from ..driver import target_modules
 from ..errors import MergeError
-from ..factors import weighted_sum
 from ..objectives.running import sample
 from ..packing import parts
 from ..parameters import NSCParameters
 from ..result import MergeResult
 from ..signal import SignalProbe
-from .base import MergeInputs, per_task
+from .base import MergeInputs, merged_updates, per_task
 
 __all__ = ["default_targets", "sampled", "signal_probe", "with_signal"]
 
@@ -55,9 +54,5 @@ def with_signal(inputs: MergeInputs, result: MergeResult, init: float, rows: int
     if not rows:
         return result
     inputs, probe = signal_probe(inputs, default_targets(inputs), rows)
-    start = per_task(inputs, init)
-    initial = {
-        module: weighted_sum([(t, own[module]) for t, own in inputs.updates.items() if module in own], values)
-        for module, values in start.items()
-    }
-    return replace(result, signal=probe.after(probe.before(initial), result.updates).to_dict())
+    signal = probe.before(merged_updates(inputs, per_task(inputs, init)))
+    return replace(result, signal=probe.after(signal, result.updates).to_dict())

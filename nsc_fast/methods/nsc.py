@@ -8,17 +8,15 @@ Before and after, the ratios are measured beside what chance and the adapters al
 from dataclasses import replace
 
 from ..driver import check_data, optimise, target_modules
-from ..errors import MergeError
 from ..packing import check_positions
 from ..parameters import NSCParameters
 from ..result import MergeResult
-from .base import MergeInputs, Method, linear_result, per_task
+from .base import MergeInputs, Method, linear_result, merged_updates, per_task, require_model_and_data
 from .measured import signal_probe
 
 
 def run(inputs: MergeInputs, parameters: NSCParameters) -> MergeResult:
-    if inputs.model is None or inputs.data is None:
-        raise MergeError("method 'nsc' needs the base model and unlabeled data of every task")
+    require_model_and_data("nsc", inputs)
     check_data(inputs.updates, inputs.data)
     init = {task: float(inputs.weights.get(task, parameters.init)) for task in inputs.tasks}
     check_positions(inputs.model, inputs.data)
@@ -26,8 +24,7 @@ def run(inputs: MergeInputs, parameters: NSCParameters) -> MergeResult:
     if parameters.signal_rows:
         targets = target_modules(inputs.model, inputs.updates, parameters)
         inputs, probe = signal_probe(inputs, targets, parameters.signal_rows, parameters.micro_batch)
-        start = linear_result("nsc", inputs, parameters, per_task(inputs, parameters.init))
-        signal = probe.before(start.updates)
+        signal = probe.before(merged_updates(inputs, per_task(inputs, parameters.init)))
     coefficients, history, interrupted = optimise(
         inputs.model,
         inputs.updates,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import LowRankUpdate, Stack, canonical
-from ..layers import stack_adapters
+from ..layers import AroundLayer, replace_module, stack_adapters
 
 __all__ = ["CoreInstallation", "Cores", "install_cores", "remove_cores"]
 
@@ -67,7 +67,7 @@ def _start(stacked: Stack, init: Mapping[str, float]) -> Tensor:
     return stacked.expand(torch.tensor([init[task] for task in stacked.tasks], dtype=torch.float64))
 
 
-class CoreLinear(nn.Module):
+class CoreLinear(AroundLayer):
     """A frozen layer with the low-rank term added; gradients go to the input and to the core alone."""
 
     def __init__(self, base: nn.Module, stacked: Stack, core: nn.Parameter) -> None:
@@ -79,16 +79,6 @@ class CoreLinear(nn.Module):
         self.register_buffer("columns", stacked.columns.to(device, core.dtype), persistent=False)
         # In a list: the parameter belongs to Cores.
         self._core = [core]
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's; some models (T5) ask a layer for the dtype of its weight."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's."""
-        return self.base.bias
 
     def forward(self, z: Tensor) -> Tensor:
         y = self.base(z)
@@ -115,7 +105,7 @@ def install_cores(
     cores = Cores(stacks, init, wide).to(sample.device)
     model.requires_grad_(False)
     for module, stacked in stacks.items():
-        _replace(model, module, CoreLinear(model.get_submodule(module), stacked, cores.of(module)))
+        replace_module(model, module, CoreLinear(model.get_submodule(module), stacked, cores.of(module)))
     return CoreInstallation(cores, tuple(stacks))
 
 
@@ -123,9 +113,4 @@ def remove_cores(model: nn.Module) -> None:
     """Takes every :class:`CoreLinear` out; the base layers are the same objects as before."""
     for name, module in list(model.named_modules()):
         if isinstance(module, CoreLinear):
-            _replace(model, name, module.base)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+            replace_module(model, name, module.base)

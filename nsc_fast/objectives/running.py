@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batch, BatchStream, token_batch, without_labels
+from ..batches import Batch, BatchStream, without_labels
 from ..batches import rows as rows_of
 from ..factors import LowRankUpdate
 
-__all__ = ["adapted", "evaluating", "mask_of", "on_device", "sample", "watched"]
+__all__ = ["adapted", "evaluating", "on_device", "sample", "watched"]
 
 
 @contextmanager
@@ -90,11 +90,6 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[nn.Modu
 def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The batch's tensors on a device."""
     return {key: value.to(device) for key, value in batch.items()}
-
-
-def mask_of(batch: Batch) -> Tensor | None:
-    """``(B, S)`` attention mask; None where there is none."""
-    return token_batch(batch, 0, torch.device("cpu")).mask
 
 
 class _Resumed:

@@ -160,16 +160,14 @@ def low_rank_output(
         bias: ``(d_out,)`` or None.
     """
     wide, rank = p.dtype, p.shape[1]
-    scaled = coef.to(wide)[:, None]
-    if bias is None:
-        x, m = p, torch.mul(c.t().to(wide), scaled).contiguous()
-    else:
+    x, m = p, p.new_empty(rank + (bias is not None), c.shape[0])
+    torch.mul(c.t().to(wide), coef.to(wide)[:, None], out=m[:rank])
+    if bias is not None:
         # The bias is one more term of the product: a column of ones beside P. Adding it by itself costs as
         # much as the product.
-        x, m = p.new_empty(p.shape[0], rank + 1), p.new_empty(rank + 1, c.shape[0])
+        x = p.new_empty(p.shape[0], rank + 1)
         x[:, :rank] = p
         x[:, rank] = 1.0
-        torch.mul(c.t().to(wide), scaled, out=m[:rank])
         m[rank] = bias
     out = p.new_empty(p.shape[0], c.shape[0], dtype=dtype)
     if dtype == wide:
