@@ -9,15 +9,18 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.quality import phenomenon, run, suites, table, text, train
+from bench.quality import course, phenomenon, run, suites, table, text, train
 from bench.quality.base import Suite, Task
 from bench.quality.tasks import DATA_VARIABLE, divide
+from bench.quality.workshop import UNLABELED_BATCH
 from nsc_fast.demo.encoder import MissingBaseModel, encoder_folder
+from nsc_fast.demo.evaluate import applied
 from nsc_fast.demo.tasks import DATA, read_rows
 from nsc_fast.errors import MergeError
 
@@ -144,6 +147,7 @@ def world(tmp_path_factory):
         patch.setattr(suites, "SUITES", own)
         patch.setattr(text, "TASKS", tuple(tasks.values()))
         patch.setattr(text, "BASE", text.TextBase())
+        patch.setattr(text, "ANSWER", 6)
         patch.setattr(train, "CHECKPOINT_EVERY", 3)
         threads = torch.get_num_threads()
         cache = folder / "cache"
@@ -241,9 +245,142 @@ def test_predictions_are_looked_at_with_each_task_s_own_head(world) -> None:
     assert all(torch.equal(before[name], p) for name, p in shop.model.named_parameters())
 
 
+def _unlabeled(shop: run.Workshop) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """As a method gets them, made anew."""
+    shop._answered.clear()
+    return shop.unlabeled(0, rows=20)
+
+
+def _answers(batches: list[dict[str, torch.Tensor]]) -> list[list[int]]:
+    """Pieces that follow [MASK] in every row."""
+    pairs = [(ids, types == 1) for b in batches for ids, types in zip(*_columns(b), strict=True)]
+    return [ids[answer].tolist()[1:] for ids, answer in pairs]
+
+
+def _columns(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch["input_ids"], batch["token_type_ids"]
+
+
+@pytest.fixture
+def shop(world) -> run.Workshop:
+    """With a head that answers something; after a few steps of training it would end at once."""
+    out = run.Workshop(suites.suite("mixed"), world[1], rows=10)
+    out.heads["snips"].dense.weight.normal_(generator=torch.Generator().manual_seed(0))
+    out.heads["snips"].bias.zero_()
+    return out
+
+
+def test_reference_answers_do_not_reach_the_unlabeled_rows(shop, monkeypatch) -> None:
+    """Other references change nothing; a head that says [UNK] alone leaves [UNK] alone in the answers."""
+    tokenizer, own = shop.base._tokenizer, shop.base.examples
+    wrong = tokenizer("wrong answer", add_special_tokens=False)["input_ids"] + [tokenizer.sep_token_id]
+
+    def falsified(task, split, limit, seed):
+        rows = own(task, split, limit, seed)
+        if task.kind != "generation":
+            return rows
+        prompts = [r["input_ids"][: r["token_type_ids"].index(1)] for r in rows]
+        return [shop.base._row(task, prompt, wrong) for prompt in prompts]
+
+    before = _unlabeled(shop)
+    assert len({tuple(answer) for answer in _answers(before["snips"])} - {()}) > 5
+    monkeypatch.setattr(shop.base, "examples", falsified)
+    after = _unlabeled(shop)
+    for one, other in zip(before["snips"], after["snips"], strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    monkeypatch.undo()
+    head = shop.heads["snips"]
+    head.bias[-1] = 1e4
+    unknown = [[tokenizer.unk_token_id] * (text.ANSWER - 1)] * 20
+    assert _answers(_unlabeled(shop)["snips"]) == unknown
+    head.bias[list(shop.base._vocabulary(shop.tasks["snips"])).index(tokenizer.sep_token_id)] = 2e4
+    assert _answers(_unlabeled(shop)["snips"]) == [[]] * 20
+
+
+def test_unlabeled_answers_are_greedy_with_the_task_s_own_adapter(shop) -> None:
+    task, adapter = shop.tasks["snips"], shop.adapters["snips"]
+    # After a few steps an adapter changes little, and the answers of the base model would do as well.
+    updates = {name: update.scaled(20.0) for name, update in adapter.canonical().items()}
+    shop.adapters["snips"] = SimpleNamespace(canonical=lambda: updates)
+    before = {name: p.clone() for name, p in shop.model.named_parameters()}
+    batches = _unlabeled(shop)["snips"]
+    assert all(torch.equal(before[name], p) for name, p in shop.model.named_parameters())
+    prompts = [
+        r["input_ids"][: r["token_type_ids"].index(1)] for r in shop.base.examples(task, "train", 20, 0)
+    ]
+    seen = [ids[types == 0] for b in batches for ids, types in zip(*_columns(b), strict=True)]
+    assert sorted([i for i in ids.tolist() if i] for ids in seen) == sorted(prompts)
+    vocabulary = torch.tensor(list(shop.base._vocabulary(task)))
+
+    def said() -> list[int]:
+        """The likeliest piece wherever the rows hold the next one, all places at once."""
+        out = []
+        for inputs in batches:
+            places = shop.base.predict(task, shop.model, shop.heads["snips"], inputs).argmax(-1)
+            lengths = (inputs["token_type_ids"] == 1).sum(1).tolist()
+            out += [vocabulary[row[:-1]].tolist() for row in places.split(lengths)]
+        return out
+
+    with torch.no_grad(), applied(shop.model, updates):
+        assert said() == _answers(batches)
+    assert said() != _answers(batches)
+
+
+def test_unlabeled_rows_of_other_tasks_are_the_rows_themselves(shop) -> None:
+    batches = _unlabeled(shop)
+    assert shop.unlabeled(0, rows=20)["snips"][0]["input_ids"].equal(batches["snips"][0]["input_ids"])
+    for name in ("emobank", "ewt_pos"):
+        task = shop.tasks[name]
+        rows = shop.base.examples(task, "train", 20, 0)
+        expected = [x for x, _ in shop.base.batches(task, rows, UNLABELED_BATCH, None)]
+        for one, other in zip(batches[name], expected, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
 def test_missing_adapters_are_named(world, tmp_path) -> None:
     with pytest.raises(MergeError, match="snli, scitail not trained .* bench.quality.train --suite classes"):
         run.Workshop(suites.suite("classes"), tmp_path)
+
+
+def test_course(world) -> None:
+    pytest.importorskip("matplotlib")
+    _, cache, folder = world
+    arguments = ["--suite", "mixed", "--cache", str(cache), "--out", str(folder), "--rows", "10"]
+    assert course.main([*arguments, "--methods", "nsc", "--steps", "2", "0"]) == 0
+    assert course.main([*arguments, "--methods", "nsc", "--steps", "1"]) == 0
+    path = folder / "course-mixed.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sum(r["kind"] == "run" and r["unlabeled_answered_by_adapter"] == ["snips"] for r in rows) == 2
+    merges = [r for r in rows if "course" in r]
+    assert [(r["course"], r["budget"], r.get("steps", 0)) for r in merges[::3]] == [
+        ("nsc", 2, 2),
+        ("nsc", 0, 0),
+        ("nsc", 1, 1),
+    ]
+    (results,) = table.read([path])
+    lines = course.course(results)
+    assert list(lines) == ["nsc"] and lines["nsc"]["budget"] == [0, 1, 2]
+    own = [r["normalised"] for r in rows if r.get("label") == "nsc 1"]
+    assert lines["nsc"]["average"][1] == pytest.approx(100 * sum(own) / 3)
+    assert 0 < lines["nsc"]["seconds"][0] < lines["nsc"]["seconds"][1]
+    assert "<svg" in path.with_suffix(".svg").read_text()
+
+
+def test_budgets() -> None:
+    """Without a step, what the optimisation begins at."""
+    start, few = course.budgets("anchored", [0, 25], text.BASE)
+    assert (start.label, start.method, start.parameters) == (
+        "anchored 0",
+        "task_arithmetic",
+        {"scaling": 0.4},
+    )
+    assert (few.label, few.method, few.parameters) == ("anchored 25", "anchored", {"steps": 25})
+    auto = [one.parameters for one in course.budgets("auto", [0, 25], text.BASE)]
+    assert auto == [{"anchored_steps": 0}, {"anchored_steps": 25}]
+    (paper,) = course.budgets("nsc", [50], text.BASE)
+    assert paper.parameters["steps"] == 50 and paper.parameters["scope"] == text.BASE.target_scope
+    with pytest.raises(MergeError, match="'uniform' takes no steps"):
+        course.budgets("uniform", [0], text.BASE)
 
 
 def test_phenomenon(world, monkeypatch) -> None:

@@ -246,6 +246,35 @@ def test_every_answer_token_is_predicted_from_what_precedes_it(tiny):
     assert not list(head.parameters())
 
 
+def test_generated_answers_are_greedy_and_read_no_reference(tiny, monkeypatch):
+    monkeypatch.setattr(decoder, "ANSWER", 6)
+    monkeypatch.setattr(decoder, "GENERATED", 5)
+    torch.manual_seed(0)
+    for parameter in tiny.parameters():
+        parameter.normal_(std=0.3)
+    rows = answers(*[(1 + i % 7, 2) for i in range(12)])
+    prompts = [row.ids[: row.ids.index(BREAK) + 1] for row in rows]
+    made = decoder.BASE.answered(E2E, tiny, nn.Identity(), rows)
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + decoder.ANSWER:
+            state = tiny(torch.tensor([ids])).last_hidden_state[0, -1]
+            token = int((tiny.embed_tokens.weight @ state).argmax())
+            if token == END:
+                break
+            ids.append(token)
+        expected.append(ids)
+    assert [row.ids for row in made] == expected
+    assert [row.target for row in made] == [
+        [*i[len(p) :], END] for i, p in zip(expected, prompts, strict=True)
+    ]
+    ended = [len(i) < len(p) + decoder.ANSWER for i, p in zip(expected, prompts, strict=True)]
+    assert any(ended) and not all(ended)
+    others = [decoder.Example([*prompt, 7, 8, 9, 7], [7, 8, 9, 7, END]) for prompt in prompts]
+    assert decoder.BASE.answered(E2E, tiny, nn.Identity(), others) == made
+
+
 @pytest.mark.parametrize(("task", "target"), [(ENTAILMENT, 2), (RELATEDNESS, [0.3])])
 def test_head_reads_the_last_token_whatever_the_padding(tiny, task, target):
     rows = [decoder.Example(e.ids, target) for e in answers((2, 2), (7, 4))]

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Base", "Kind", "Lora", "Split", "Suite", "Task"]
+__all__ = ["Base", "GenerativeBase", "Kind", "Lora", "Split", "Suite", "Task"]
 
 Kind = Literal["classification", "regression", "tagging", "generation", "segmentation", "edges"]
 Split = Literal["train", "held_out", "test"]
@@ -143,6 +143,26 @@ class Base(Protocol):
 
     def score(self, task: Task, outputs: list[Tensor], targets: list[Any]) -> float:
         """Score over all batches; larger is better."""
+        ...
+
+
+class GenerativeBase(Base, Protocol):
+    """A base model with tasks of the kind "generation"."""
+
+    def answered(self, task: Task, model: nn.Module, head: nn.Module, examples: Sequence[Any]) -> list[Any]:
+        """The same rows with the model's own greedy answers in place of the reference answers.
+
+        Of the examples only the prompts are read.
+
+        Args:
+            task: a generation task of this base.
+            model: the base model with the task's adapter in it.
+            head: of the task.
+            examples: from :meth:`Base.examples`.
+
+        Returns:
+            Rows of the same form in the same order, for :meth:`Base.batches`.
+        """
         ...
 
 

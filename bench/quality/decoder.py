@@ -34,6 +34,10 @@ WIDTH = 576
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS = {"classification": 300, "regression": 300, "generation": 150}
 """Test and held-out rows that are used at most."""
+ANSWER = 48
+"""Longest generated answer in tokens, its end included."""
+GENERATED = 128
+"""Rows that are answered together."""
 JITTER = 6.0
 """Tokens by which the lengths of a drawn batch's rows may differ beyond what their number asks for."""
 
@@ -143,6 +147,35 @@ class Decoder:
             draw.shuffle(chunks)
         for chunk in chunks:
             yield _collate(task, [examples[i] for i in chunk])
+
+    @torch.inference_mode()
+    def answered(
+        self, task: Task, model: nn.Module, head: nn.Module, examples: Sequence[Example]
+    ) -> list[Example]:
+        """The rows with greedy answers of at most ``ANSWER`` tokens; see :class:`bench.quality.base.Base`."""
+        from transformers import GenerationConfig, LlamaForCausalLM
+
+        tokenizer = _tokenizer()
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        with torch.device("meta"):
+            whole = LlamaForCausalLM(model.config)
+        whole.model, whole.lm_head.weight = model, model.get_input_embeddings().weight
+        settings = GenerationConfig(
+            max_new_tokens=ANSWER, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=end
+        )
+        prompts = [e.ids[: e.ids.index(_line_break()) + 1] for e in examples]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        out: dict[int, Example] = {}
+        for start in range(0, len(order), GENERATED):
+            chosen = order[start : start + GENERATED]
+            ids = [torch.tensor(prompts[i]) for i in chosen]
+            mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")
+            ids = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
+            made = whole.generate(ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
+            for i, answer in zip(chosen, made.tolist(), strict=True):
+                answer = answer[: answer.index(end)] if end in answer else answer
+                out[i] = Example(prompts[i] + answer, [*answer, end])
+        return [out[i] for i in range(len(prompts))]
 
     def new_head(self, task: Task) -> nn.Module:
         """One linear layer; nothing for generation."""

@@ -17,7 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from .run import provenance
 from .train import adapter_folder, cache_folder, parsed
 from .workshop import Configuration, Workshop, parse
 
-__all__ = ["draw", "main", "merges", "pearson", "samples", "spearman", "training"]
+__all__ = ["draw", "main", "merges", "panels", "pearson", "samples", "spearman", "training"]
 
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 SWEEP_ROWS = 200
@@ -165,43 +166,58 @@ def merges(shop: Workshop, seed: int, coefficients: Sequence[float]) -> dict[str
     return out
 
 
-def draw(content: Mapping[str, Any], target: Path) -> None:
-    """Four panels, one question each, as SVG."""
+@contextmanager
+def panels(target: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[list[Any]]:
+    """Yields the axes of a figure, row by row, and then writes it as SVG; the size is in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(10, 7.5))
-    for number, (task, own) in enumerate(content["training"].items()):
-        color = f"C{number}"
-        a.plot(own["ratio"], own["score"], marker="o", markersize=3, color=color, label=task)
-        b.plot(own["ratio_per_block"][-1], marker="o", markersize=3, color=color)
-        b.plot(own["ratio_per_block"][0], linestyle=":", linewidth=0.8, color=color)
-        merged = content["merges"][task]
-        best = max(merged["score"])
-        if best > 0:
-            d.plot(
-                merged["ratio"], [s / best for s in merged["score"]], marker="o", markersize=3, color=color
-            )
-    tasks = list(content["samples"])
-    for shift, label, color in ((-0.2, "single", "#4878a8"), (0.2, "merged", "#a87848")):
-        values = [content["samples"][t][label]["spearman_ratio_loss"] for t in tasks]
-        places = [i + shift for i in range(len(tasks))]
-        c.bar(places, [math.nan if v is None else v for v in values], 0.4, color=color, label=label)
-    a.set(title="training", xlabel="ratio of the target modules", ylabel="score on held-out rows")
-    b.set(title="blocks: after training (line), before (dots)", xlabel="block", ylabel="ratio")
-    c.set(title="test rows: ratio against loss", ylabel="rank correlation")
-    c.set_xticks(range(len(tasks)), tasks, rotation=30)
-    c.axhline(0, color="black", linewidth=0.8)
-    d.set(
-        title="task arithmetic 0.1 to 1", xlabel="ratio of the target modules", ylabel="score / best of them"
-    )
-    a.legend(fontsize=7)
-    c.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(target)
-    plt.close(figure)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    try:
+        yield list(axes.flat)
+        figure.tight_layout()
+        figure.savefig(target)
+    finally:
+        plt.close(figure)
+
+
+def draw(content: Mapping[str, Any], target: Path) -> None:
+    """Four panels, one question each, as SVG."""
+    with panels(target, 2, 2, (10, 7.5)) as (a, b, c, d):
+        for number, (task, own) in enumerate(content["training"].items()):
+            color = f"C{number}"
+            a.plot(own["ratio"], own["score"], marker="o", markersize=3, color=color, label=task)
+            b.plot(own["ratio_per_block"][-1], marker="o", markersize=3, color=color)
+            b.plot(own["ratio_per_block"][0], linestyle=":", linewidth=0.8, color=color)
+            merged = content["merges"][task]
+            best = max(merged["score"])
+            if best > 0:
+                d.plot(
+                    merged["ratio"],
+                    [s / best for s in merged["score"]],
+                    marker="o",
+                    markersize=3,
+                    color=color,
+                )
+        tasks = list(content["samples"])
+        for shift, label, color in ((-0.2, "single", "#4878a8"), (0.2, "merged", "#a87848")):
+            values = [content["samples"][t][label]["spearman_ratio_loss"] for t in tasks]
+            places = [i + shift for i in range(len(tasks))]
+            c.bar(places, [math.nan if v is None else v for v in values], 0.4, color=color, label=label)
+        a.set(title="training", xlabel="ratio of the target modules", ylabel="score on held-out rows")
+        b.set(title="blocks: after training (line), before (dots)", xlabel="block", ylabel="ratio")
+        c.set(title="test rows: ratio against loss", ylabel="rank correlation")
+        c.set_xticks(range(len(tasks)), tasks, rotation=30)
+        c.axhline(0, color="black", linewidth=0.8)
+        d.set(
+            title="task arithmetic 0.1 to 1",
+            xlabel="ratio of the target modules",
+            ylabel="score / best of them",
+        )
+        a.legend(fontsize=7)
+        c.legend(fontsize=7)
 
 
 def blocks(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -12,6 +12,9 @@ methods draw at random, and which rows of the test file are scored where there a
 does not vary the adapters: they are those of ``--adapter-seed``. A merge without data and without random
 draws is therefore the same for all seeds, and its spread is that of the test rows.
 
+No label enters the unlabeled data: in generation tasks they are prompts with the answers that the task's own
+adapter generates, not with the reference answers. The time that takes is in none of the times below.
+
 One JSON object a line is appended to ``--out``: one with ``"kind": "run"`` (versions, machine, rows, digests
 of the adapters), then one a suite, label, seed and task with the score, the task's fine-tuned score on the
 same rows and their quotient. Times are CPU seconds of the process, so that other load does not count: to
@@ -175,6 +178,7 @@ def provenance(shop: Workshop) -> dict[str, Any]:
         "rows": shop.rows,
         "unlabeled_rows": UNLABELED,
         "unlabeled_batch": UNLABELED_BATCH,
+        "unlabeled_answered_by_adapter": [n for n, t in shop.tasks.items() if t.kind == "generation"],
         "memory": "growth of the resident set while merging (VmHWM after a reset), MiB",
     }
 

@@ -25,6 +25,9 @@ __all__ = ["BASE", "TASKS", "GenerationHead", "TextBase"]
 ANSWER = 40
 """Longest answer of a generation task in word pieces, its end included."""
 
+GENERATED = 64
+"""Rows that are answered together."""
+
 POOL = 16
 """Batches whose rows are sorted by length together, when the order is drawn."""
 
@@ -64,7 +67,7 @@ class TextBase:
         self._tokenizer: Any = None
         self._embeddings: Tensor | None = None
         self._encoded: dict[tuple[Task, str], list[dict[str, Any]]] = {}
-        self._pieces: dict[Task, list[int]] = {}
+        self._pieces: dict[Task, dict[int, int]] = {}
 
     def load(self) -> nn.Module:
         """A fresh encoder without its pooling layer."""
@@ -97,7 +100,7 @@ class TextBase:
     def new_head(self, task: Task) -> nn.Module:
         if task.kind == "generation":
             self._start()
-            return GenerationHead(self._embeddings[torch.tensor(self._vocabulary(task))])
+            return GenerationHead(self._embeddings[torch.tensor(list(self._vocabulary(task)))])
         return nn.Linear(demo.HIDDEN, len(task.labels) or len(task.targets))
 
     def predict(self, task: Task, model: nn.Module, head: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -113,6 +116,32 @@ class TextBase:
     def score(self, task: Task, outputs: list[Tensor], targets: list[Tensor]) -> float:
         """Accuracy over rows or tokens, or the mean correlation of the targets."""
         return demo.metric(task, outputs, targets)
+
+    @torch.inference_mode()
+    def answered(
+        self, task: Task, model: nn.Module, head: nn.Module, examples: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """The rows with greedy answers of at most ``ANSWER`` pieces; see :class:`~bench.quality.base.Base`.
+
+        The encoder keeps no states between two pieces: every piece is a pass over the row so far.
+        """
+        vocabulary = torch.tensor(list(self._vocabulary(task)))
+        prompts = [e["input_ids"][: e["token_type_ids"].index(1)] for e in examples]
+        answers: list[list[int]] = [[] for _ in prompts]
+        end = self._tokenizer.sep_token_id
+        for chosen in demo.batches([len(p) for p in prompts], GENERATED):
+            for _ in range(ANSWER):
+                inputs, _ = self._collate(
+                    task, [self._row(task, prompts[i], [*answers[i], end]) for i in chosen]
+                )
+                last = torch.tensor([len(prompts[i]) + len(answers[i]) for i in chosen])
+                states = model(**inputs).last_hidden_state[torch.arange(len(chosen)), last]
+                for i, piece in zip(chosen, vocabulary[head(states).argmax(-1)].tolist(), strict=True):
+                    answers[i].append(piece)
+                chosen = [i for i in chosen if answers[i][-1] != end]
+                if not chosen:
+                    break
+        return [self._row(task, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def _start(self) -> None:
         if self._tokenizer is None:
@@ -143,35 +172,33 @@ class TextBase:
         pieces = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [ids[: ANSWER - 1] + [self._tokenizer.sep_token_id] for ids in pieces]
 
-    def _vocabulary(self, task: Task) -> list[int]:
-        """Pieces of the train file's rows, source and answer, then [UNK] for everything else."""
+    def _vocabulary(self, task: Task) -> dict[int, int]:
+        """Piece -> place: those of the train file's rows, source and answer, then [UNK] for all others."""
         if task not in self._pieces:
             rows = file_rows(task.source, "train")
             sources = demo.encode(task, self._tokenizer, rows)
             seen = {p for e in sources for p in e["input_ids"]}
             seen.update(p for answer in self._answers(task, rows) for p in answer)
             unknown = self._tokenizer.unk_token_id
-            self._pieces[task] = [*sorted(seen - {unknown}), unknown]
+            self._pieces[task] = {p: i for i, p in enumerate([*sorted(seen - {unknown}), unknown])}
         return self._pieces[task]
 
     def _with_answers(
         self, task: Task, rows: Sequence[dict[str, Any]], sources: Sequence[dict[str, list[int]]]
     ) -> list[dict[str, Any]]:
-        vocabulary = self._vocabulary(task)
-        position = {piece: i for i, piece in enumerate(vocabulary)}
-        unknown = len(vocabulary) - 1
-        out = []
-        for source, answer in zip(sources, self._answers(task, rows), strict=True):
-            prompt = source["input_ids"]
-            out.append(
-                {
-                    "input_ids": prompt + [self._tokenizer.mask_token_id] + answer[:-1],
-                    "token_type_ids": [0] * len(prompt) + [1] * len(answer),
-                    "attention_mask": [1] * (len(prompt) + len(answer)),
-                    "target": [position.get(piece, unknown) for piece in answer],
-                }
-            )
-        return out
+        answers = self._answers(task, rows)
+        return [self._row(task, s["input_ids"], answer) for s, answer in zip(sources, answers, strict=True)]
+
+    def _row(self, task: Task, prompt: list[int], answer: list[int]) -> dict[str, Any]:
+        """The model reads the answer without its last piece, which is only to be predicted."""
+        place = self._vocabulary(task)
+        unknown = len(place) - 1
+        return {
+            "input_ids": prompt + [self._tokenizer.mask_token_id] + answer[:-1],
+            "token_type_ids": [0] * len(prompt) + [1] * len(answer),
+            "attention_mask": [1] * (len(prompt) + len(answer)),
+            "target": [place.get(piece, unknown) for piece in answer],
+        }
 
     @staticmethod
     def _collate(task: Task, examples: Sequence[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:

@@ -44,7 +44,11 @@ __all__ = [
 ]
 
 UNLABELED = 800
-"""Unlabeled rows per task: none comes twice within the paper's 100 steps of 8 rows."""
+"""Unlabeled rows per task: none comes twice within the paper's 100 steps of 8 rows.
+
+In generation tasks the task's own adapter answers them first, once per seed, which takes one or several
+minutes.
+"""
 
 UNLABELED_BATCH = 8
 
@@ -152,6 +156,7 @@ class Workshop:
         self.adapters: dict[str, Adapter] = {n: read_adapter(f, name=n) for n, f in folders.items()}
         self.heads: dict[str, nn.Module] = {n: self._head(n, f) for n, f in folders.items()}
         self._tests: dict[tuple[str, int], list[tuple[dict[str, Tensor], Any]]] = {}
+        self._answered: dict[tuple[str, int, int], Sequence[Any]] = {}
 
     def _head(self, name: str, folder: Path) -> nn.Module:
         head = self.base.new_head(self.tasks[name])
@@ -170,13 +175,27 @@ class Workshop:
         """Unlabeled batches of every task, from short to long.
 
         All tasks have lists of about equal length that are shuffled alike later, so that batches of like
-        length meet.
+        length meet. The rows of a generation task are prompts that the task's own adapter and head have
+        answered; reference answers are not read.
         """
         out = {}
         for name, task in self.tasks.items():
-            examples = self.base.examples(task, "train", rows, seed)
+            if task.kind == "generation":
+                examples = self._generated(name, seed, rows)
+            else:
+                examples = self.base.examples(task, "train", rows, seed)
             out[name] = [x for x, _ in self.base.batches(task, examples, UNLABELED_BATCH, None)]
         return out
+
+    def _generated(self, name: str, seed: int, rows: int) -> Sequence[Any]:
+        """Rows of a generation task with the adapter's own answers, made once."""
+        key = name, seed, rows
+        if key not in self._answered:
+            task = self.tasks[name]
+            examples = self.base.examples(task, "train", rows, seed)
+            with applied(self.model, self.adapters[name].canonical()):
+                self._answered[key] = self.base.answered(task, self.model, self.heads[name], examples)
+        return self._answered[key]
 
     def score(
         self, updates: Mapping[str, LowRankUpdate], seed: int, names: Sequence[str]

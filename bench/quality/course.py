@@ -1,0 +1,141 @@
+"""Quality against the steps and the seconds that an optimisation is given.
+
+    python -m bench.quality.course --suite text --out FOLDER [--methods NAME ...] [--steps N ...]
+
+Appends to ``FOLDER/course-SUITE.jsonl`` what ``bench.quality.run`` writes, and every row of a merge has two
+fields more: ``course``, the method, and ``budget``, the steps it was allowed. Draws an SVG of the same name
+(matplotlib) from all that the file holds, so that seeds and budgets can be added later.
+
+Every budget is a merge of its own. ``anchored``, and ``auto`` with it, let the learning rate fall to zero
+over all of their steps: what they have in the middle of a longer run is not what a shorter run gives. A
+budget of 0 is task arithmetic with the coefficient that the optimisation begins at; ``auto`` then chooses
+among its other candidates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nsc_fast import methods
+from nsc_fast.errors import MergeError
+
+from . import suites
+from .base import Base
+from .phenomenon import panels
+from .run import measure, provenance
+from .table import Results, read, summarise
+from .train import cache_folder, parsed
+from .workshop import Configuration, Workshop, defaults
+
+__all__ = ["BUDGETS", "METHODS", "budgets", "draw", "main"]
+
+METHODS = ("auto", "anchored", "nsc")
+BUDGETS = (0, 25, 50, 100, 200)
+
+
+def budgets(method: str, steps: Sequence[int], base: Base) -> list[Configuration]:
+    """One configuration for every number of steps, labelled ``METHOD STEPS``.
+
+    Raises:
+        MergeError: the method takes no steps.
+    """
+    fields = methods.get(method).parameters.model_fields
+    name = next((n for n in ("steps", "anchored_steps") if n in fields), None)
+    if name is None:
+        raise MergeError(f"method {method!r} takes no steps; choose others, such as {', '.join(METHODS)}")
+    settings = defaults(method, base)
+    out = []
+    for count in steps:
+        one = Configuration(f"{method} {count}", method, {**settings, name: count})
+        if count == 0 and name == "steps":
+            start = settings.get("init", fields["init"].default)
+            one = replace(one, method="task_arithmetic", parameters={"scaling": start})
+        out.append(one)
+    return out
+
+
+def course(rows: Results) -> dict[str, dict[str, list[Any]]]:
+    """Method -> "budget", "average", "deviation" and "seconds", in the order of the budgets.
+
+    The average over the tasks is in percent of fine-tuned, its mean and its standard deviation over the
+    seeds (NaN for one seed); seconds are CPU seconds to prepare and to merge, in the mean over the seeds.
+    """
+    found: dict[str, dict[int, tuple[float, float, float]]] = {}
+    for label, seeds in rows.scores.items():
+        firsts = [next(iter(own.values())) for own in seeds.values()]
+        if "course" not in firsts[0]:
+            continue
+        spent = [r["seconds"]["preparation"] + r["seconds"]["optimisation"] for r in firsts]
+        at = (*summarise(rows, label).average, statistics.fmean(spent))
+        found.setdefault(firsts[0]["course"], {})[firsts[0]["budget"]] = at
+    out = {}
+    for method, own in found.items():
+        average, deviation, seconds = zip(*(own[b] for b in sorted(own)), strict=True)
+        lists = (sorted(own), list(average), list(deviation), list(seconds))
+        out[method] = dict(zip(("budget", "average", "deviation", "seconds"), lists, strict=True))
+    return out
+
+
+def draw(content: Mapping[str, Mapping[str, Sequence[float]]], title: str, target: Path) -> None:
+    """Two panels, against steps and against seconds, as SVG; whiskers are standard deviations over seeds."""
+    with panels(target, 1, 2, (10, 4)) as (a, b):
+        for number, (method, own) in enumerate(content.items()):
+            style = {"marker": "o", "markersize": 3, "color": f"C{number}", "capsize": 2}
+            a.errorbar(own["budget"], own["average"], yerr=own["deviation"], label=method, **style)
+            b.errorbar(own["seconds"], own["average"], yerr=own["deviation"], **style)
+        a.set(title=title, xlabel="optimisation steps", ylabel="average, percent of fine-tuned")
+        b.set(title="time to quality", xlabel="CPU seconds to prepare and to merge", xscale="log")
+        a.legend(fontsize=7)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality.course", description=__doc__.split("\n", 1)[0]
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--steps", type=int, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", type=int, default=400, help="test rows per task, 0 for all")
+    parser.add_argument("--adapter-seed", type=int, default=0)
+    options = parsed(parser, argv)
+    if min(options.steps) < 0:
+        raise MergeError(f"--steps {min(options.steps)}: no number of steps")
+    chosen, cache = suites.suite(options.suite), cache_folder(options.cache)
+    base = suites.base(chosen.base)
+    wanted = {m: budgets(m, options.steps, base) for m in dict.fromkeys(options.methods)}
+    of = {one.label: (m, n) for m, own in wanted.items() for n, one in zip(options.steps, own, strict=True)}
+    shop = Workshop(chosen, cache, adapter_seed=options.adapter_seed, rows=options.rows or None)
+    run = uuid.uuid4().hex[:8]
+    options.out.mkdir(parents=True, exist_ok=True)
+    target = options.out / f"course-{chosen.name}.jsonl"
+    failed = []
+    with target.open("a", encoding="utf-8") as lines:
+
+        def write(row: dict[str, Any]) -> None:
+            if row.get("label") in of:
+                row = {**row, **dict(zip(("course", "budget"), of[row["label"]], strict=True))}
+            lines.write(json.dumps({"run": run, **row}) + "\n")
+            lines.flush()
+
+        write(provenance(shop))
+        for seed in options.seeds:
+            failed += measure(shop, [one for own in wanted.values() for one in own], seed, write)
+    (results,) = read([target])
+    draw(course(results), chosen.name, target.with_suffix(".svg"))
+    if failed:
+        print(f"failed: {', '.join(dict.fromkeys(failed))}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
