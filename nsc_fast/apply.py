@@ -13,37 +13,42 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
-from .adapters import Adapter, check_against_model, common_base, fit_to_model, read_adapter
+from .adapters import (
+    Adapter,
+    check_against_model,
+    common_base,
+    common_task_type,
+    fit_to_model,
+    read_adapter,
+)
 from .adapters.write import check_replaceable, replacing
 from .checkpoint_files import (
     Entry,
-    Stored,
     copied_files,
     locate_base,
-    stored_names,
     weight_entries,
     write_weights,
 )
 from .errors import MergeError
+from .full_weights import BLOCK, CODES, Update, planned_tensors, updates_of
 from .loading import base_skeleton
 from .memory import parse_bytes, readable_bytes
 from .quantised import quantised_by
 from .recipe import BaseSpec
+from .result import MergeResult
 
-__all__ = ["FullModelReport", "apply_lora"]
+__all__ = ["FullModelPlan", "LORA", "FullModelReport", "apply_lora", "check_full", "plan_full", "save_full"]
 
-# Rows of a weight are summed in blocks of about this many values, which bounds the wide copies.
-_BLOCK = 1 << 22
-_FLOATING = ("F64", "F32", "F16", "BF16")
-_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+LORA = Path("nsc_fast", "lora")
+"""Where the merged LoRA lies in a full model that a merge wrote."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +73,6 @@ class FullModelReport:
     total_rounding: float
     replaced: tuple[str, ...]
     notices: tuple[str, ...]
-
-
-@dataclass
-class _Update:
-    """``left @ right`` in the orientation of the file, and the squared norms that its writing measured."""
-
-    module: str
-    left: Tensor
-    right: Tensor
-    lost: float = 0.0
-    energy: float = 0.0
 
 
 def apply_lora(
@@ -113,49 +107,247 @@ def apply_lora(
     """
     out = Path(out)
     where = f"output {str(out)!r}"
-    limit = parse_bytes(shard_size)
-    if dtype is not None and dtype not in _CODES:
-        raise MergeError(f"dtype {dtype}: choose float32, bfloat16 or float16")
     check_replaceable(where, out, overwrite, marker="config.json")
     adapter = read_adapter(lora, name=Path(lora).name, modules_to_save="keep-separate")
     base = base or BaseSpec(path=common_base([adapter]))
     on_stage(f"looking at {base.path}")
+    plan = plan_full(adapter, base, dtype=dtype, shard_size=shard_size)
+    plan = replace(plan, notices=(*plan.notices, *_left_behind(lora)))
+    plan.check_space(out)
+    with replacing(where, out, overwrite, marker="config.json") as scratch:
+        return replace(plan.write(scratch, on_stage), path=out)
+
+
+def save_full(
+    result: MergeResult,
+    out: str | os.PathLike[str],
+    *,
+    base: BaseSpec,
+    max_rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> FullModelReport:
+    """Writes the base model with a merge in its weights, and the evidence of the run, all of it or nothing.
+
+    The evidence is that of a LoRA folder. The merged LoRA itself, in float32, is in ``nsc_fast/lora``:
+    weights in half precision do not hold all of it.
+
+    Args:
+        result: of the merge.
+        base: where the files of the base model are.
+        max_rank: truncates the merged LoRA.
+        out, dtype, shard_size, overwrite, on_stage: as for :func:`apply_lora`.
+
+    Raises:
+        AdapterError, MergeError: as of :func:`apply_lora`.
+    """
+    out = Path(out)
+    where = f"output {str(out)!r}"
+    check_replaceable(where, out, overwrite, marker="config.json")
+    with replacing(where, out, overwrite, marker="config.json") as scratch:
+        written = result.save_lora(scratch / LORA, max_rank=max_rank)
+        adapter = replace(read_adapter(written.path, modules_to_save="keep-separate"), source=LORA.as_posix())
+        plan = plan_full(adapter, base, dtype=dtype, shard_size=shard_size)
+        told = (*plan.notices, *written.notices, *_left_out(result.heads, out))
+        plan = replace(plan, notices=told)
+        plan.check_space(out)
+        report = replace(plan.write(scratch, on_stage), path=out)
+        on_stage("writing the report")
+        applied = (scratch / "nsc_fast" / "apply.json").read_text(encoding="utf-8")
+        for name, content in result.evidence(max_rank=max_rank, applied=applied).items():
+            (scratch / name).parent.mkdir(exist_ok=True)
+            (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return report
+
+
+def check_full(
+    base: BaseSpec,
+    adapters: Mapping[str, Adapter],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Whether a merge of these adapters can be written as a full model; for before it is made.
+
+    Raises:
+        AdapterError, MergeError: as of :func:`apply_lora`.
+    """
+    out = Path(out)
+    check_replaceable(f"output {str(out)!r}", out, overwrite, marker="config.json")
+    first = next(iter(adapters.values()))
+    # Any factors do: it is about the modules.
+    modules = {path: factors for own in adapters.values() for path, factors in own.modules.items()}
+    whole = {path: tensor for own in adapters.values() for path, tensor in own.dense.items()}
+    union = replace(
+        first, task_type=common_task_type(adapters.values()), modules=modules, heads=whole, dense={}
+    )
+    plan_full(union, base, dtype=dtype, shard_size=shard_size).check_space(out)
+
+
+def _left_out(heads: Mapping[str, Any], out: Path) -> list[str]:
+    if not heads:
+        return []
+    return [f"the heads of {', '.join(heads)} are not in the full model: they stay in {out / 'heads'}"]
+
+
+@dataclass(frozen=True)
+class FullModelPlan:
+    """What a full model will consist of; made by :func:`plan_full`.
+
+    Attributes:
+        adapter: the LoRA, as it fits the model.
+        base: the base model.
+        dtype: of all floating-point weights; None: as in the base's files.
+        folder: of the base's files.
+        entries: name in the files -> dtype and shape.
+        value: gives the tensor of a name; notes what rounding took away.
+        updates: name in the files -> update, of the weights that change.
+        split: which tensors go to which file.
+        notices: what the user should know.
+    """
+
+    adapter: Adapter
+    base: BaseSpec
+    dtype: torch.dtype | None
+    folder: Path
+    entries: Mapping[str, Entry]
+    value: Callable[[str], Tensor]
+    updates: Mapping[str, Update]
+    split: StateDictSplit
+    notices: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights."""
+        return sum(entry.size for entry in self.entries.values())
+
+    def check_space(self, out: Path) -> None:
+        """Whether the disk of ``out`` has room.
+
+        Raises:
+            MergeError: it has not.
+        """
+        parent = next(p for p in out.resolve().parents if p.exists())
+        free = shutil.disk_usage(parent).free
+        if free < self.size + (16 << 20):
+            raise MergeError(
+                f"{parent} has {readable_bytes(free)} free, the full model needs "
+                f"{readable_bytes(self.size)}; choose another folder, or a smaller dtype"
+            )
+
+    def write(self, out: Path, on_stage: Callable[[str], None] = lambda _: None) -> FullModelReport:
+        """Writes everything into a folder that exists.
+
+        Raises:
+            MergeError: values that the dtype cannot hold.
+        """
+        files = self.split.filename_to_tensors
+        for i, (name, keys) in enumerate(files.items(), start=1):
+            on_stage(f"writing {name} ({i} of {len(files)})")
+            write_weights(out / name, {key: self.entries[key] for key in keys}, self.value)
+        if self.split.is_sharded:
+            weight_map = dict(sorted(self.split.tensor_to_filename.items()))
+            index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
+            _write_json(out / "model.safetensors.index.json", index)
+        for name in copied_files(self.folder):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / name, out / name)
+        if self.dtype is not None:
+            _set_dtype(out / "config.json", self.dtype)
+        report = self._report(out)
+        origin = {
+            "adapter": str(self.adapter.source),
+            "digest": self.adapter.digest,
+            "base_model": self.base.path,
+            "dtype": "auto" if self.dtype is None else str(self.dtype).removeprefix("torch."),
+        }
+        told = {key: value for key, value in asdict(report).items() if key != "path"}
+        (out / "nsc_fast").mkdir(exist_ok=True)
+        _write_json(out / "nsc_fast" / "apply.json", origin | told)
+        return report
+
+    def compare(self, out: Path) -> tuple[float, str]:
+        """The largest error of a tensor in the files of ``out``, and its name.
+
+        Of an updated weight: ``||stored - round(W + dW)|| / ||dW||``, Frobenius norms. Any other is right to
+        the bit, 0, or wrong, 1.
+
+        Raises:
+            MergeError: ``out`` has no weight files, or damaged ones.
+        """
+        found = weight_entries(out)
+        worst, where = 0.0, ""
+        for key, entry in self.entries.items():
+            got = found.get(key)
+            if got is None or (got.code, got.shape) != (entry.code, entry.shape):
+                return 1.0, key
+            error = self._error(key, self.value(key), got.read(out, key))
+            if not error <= worst:
+                worst, where = error, key
+        extra = sorted(found.keys() - self.entries.keys())
+        return (1.0, extra[0]) if extra else (worst, where)
+
+    def _error(self, key: str, expected: Tensor, got: Tensor) -> float:
+        if torch.equal(got, expected):
+            return 0.0
+        energy = self.updates[key].energy if key in self.updates else 0.0
+        if energy == 0:
+            return 1.0
+        rows = max(BLOCK // expected.shape[1], 1)
+        pairs = zip(got.split(rows), expected.split(rows), strict=True)
+        return (sum(float((a.double() - b.double()).square().sum()) for a, b in pairs) / energy) ** 0.5
+
+    def _report(self, out: Path) -> FullModelReport:
+        def share(lost: float, energy: float) -> float:
+            return (lost / energy) ** 0.5 if energy > 0 else 0.0
+
+        updates = self.updates.values()
+        return FullModelReport(
+            path=out,
+            files=tuple(self.split.filename_to_tensors),
+            size=self.size,
+            rounding={update.module: share(update.lost, update.energy) for update in updates},
+            total_rounding=share(sum(u.lost for u in updates), sum(u.energy for u in updates)),
+            replaced=tuple(self.adapter.heads),
+            notices=self.notices,
+        )
+
+
+def plan_full(
+    adapter: Adapter, base: BaseSpec, *, dtype: torch.dtype | None = None, shard_size: str = "5GB"
+) -> FullModelPlan:
+    """Everything that can be known before a weight is read; only headers are.
+
+    Args:
+        adapter, base: what is put together.
+        dtype, shard_size: as for :func:`apply_lora`.
+
+    Raises:
+        AdapterError, MergeError: as of :func:`apply_lora`.
+    """
+    limit = parse_bytes(shard_size)
+    if dtype is not None and dtype not in CODES:
+        raise MergeError(f"dtype {dtype}: choose float32, bfloat16 or float16")
     model = base_skeleton(base, adapter.modules, task_type=adapter.task_type).model
     _check_not_quantised(base, model)
     adapter = fit_to_model(adapter, model)
-    notices = [*adapter.notices, *check_against_model([adapter], model), *_left_behind(lora)]
+    notices = (*adapter.notices, *check_against_model([adapter], model))
     folder = locate_base(base)
-    entries = weight_entries(folder)
-    updates = _updates(adapter, model)
-    whole = adapter.heads
-    entries, new = _planned(base, model, entries, updates, whole, dtype)
-    size = sum(entry.size for entry in entries.values())
-    _check_space(out, size)
+    stored = weight_entries(folder)
+    updates = updates_of(adapter, model)
+    entries, value, by_key = planned_tensors(base, model, folder, stored, updates, adapter.heads, dtype)
     split = split_state_dict_into_shards_factory(
         entries,
         get_storage_size=lambda entry: entry.size,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=limit,
     )
-    with replacing(where, out, overwrite, marker="config.json") as scratch:
-        for i, (name, keys) in enumerate(split.filename_to_tensors.items(), start=1):
-            on_stage(f"writing {name} ({i} of {len(split.filename_to_tensors)})")
-            write_weights(scratch / name, {key: entries[key] for key in keys}, lambda key: new(folder, key))
-        if split.is_sharded:
-            weight_map = dict(sorted(split.tensor_to_filename.items()))
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            _write_json(scratch / "model.safetensors.index.json", index)
-        for name in copied_files(folder):
-            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, scratch / name)
-        if dtype is not None:
-            _set_dtype(scratch / "config.json", dtype)
-        report = _report(out, tuple(split.filename_to_tensors), size, updates, whole, notices)
-        origin = {"adapter": str(lora), "digest": adapter.digest, "base_model": base.path}
-        told = {key: value for key, value in asdict(report).items() if key != "path"}
-        (scratch / "nsc_fast").mkdir()
-        _write_json(scratch / "nsc_fast" / "apply.json", origin | told)
-    return report
+    changed = {key: updates[name] for key, name in by_key.items() if name in updates}
+    return FullModelPlan(adapter, base, dtype, folder, entries, value, changed, split, notices)
 
 
 def _check_not_quantised(base: BaseSpec, model: nn.Module) -> None:
@@ -171,130 +363,7 @@ def _check_not_quantised(base: BaseSpec, model: nn.Module) -> None:
 
 def _left_behind(lora: str | os.PathLike[str]) -> list[str]:
     heads = sorted(file.stem for file in Path(lora).glob("heads/*.safetensors"))
-    if not heads:
-        return []
-    return [f"the heads of {', '.join(heads)} are not in the full model: they stay in {Path(lora) / 'heads'}"]
-
-
-def _updates(adapter: Adapter, model: nn.Module) -> dict[str, _Update]:
-    """Name in the model -> update of that weight, in float32 (float64 factors stay)."""
-    out = {}
-    for path, factors in adapter.modules.items():
-        wide = torch.float64 if factors.up.dtype == torch.float64 else torch.float32
-        left, right = factors.up.to(wide) * factors.scaling, factors.down.to(wide)
-        # Conv1D keeps its weight as (d_in, d_out).
-        if hasattr(model.get_submodule(path), "nf"):
-            left, right = right.t(), left.t()
-        out[f"{path}.weight"] = _Update(path, left, right)
-    return out
-
-
-def _planned(
-    base: BaseSpec,
-    model: nn.Module,
-    entries: Mapping[str, Entry],
-    updates: Mapping[str, _Update],
-    whole: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-) -> tuple[dict[str, Entry], Callable[[Path, str], Tensor]]:
-    """The tensors to write, by their name in the files, and what gives the value of one.
-
-    Raises:
-        MergeError: an updated weight that is not in the files, is not there by itself, or is shared.
-    """
-    names = stored_names(model, entries)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _check_tied(model, updates, whole)
-    for name, tensor in whole.items():
-        if shapes.get(name) != tuple(tensor.shape):
-            raise MergeError(
-                f"{name} of the adapter is {tuple(tensor.shape)}, the base model's is "
-                f"{shapes.get(name, 'absent')}"
-            )
-    for name in (*updates, *(name for name in whole if name in names)):
-        _check_stored(base, name, shapes[name], names.get(name), entries)
-    by_key = {names[name].key: name for name in (*updates, *whole) if name in names}
-    planned = dict(entries)
-    for name in whole:
-        if name not in names:  # a part that the base's files lack, for example the head of a classifier
-            by_key[name] = name
-            planned[name] = Entry.of(whole[name])
-    if dtype is not None:
-        planned = {k: e.cast(_CODES[dtype]) if e.code in _FLOATING else e for k, e in planned.items()}
-
-    def value(folder: Path, key: str) -> Tensor:
-        name, target = by_key.get(key), planned[key].dtype
-        if name in whole:
-            out = whole[name].to(target)
-        else:
-            stored = entries[key].read(folder, key)
-            out = stored.to(target) if name is None else _added(stored, updates[name], target)
-        if (name is not None or target != entries[key].dtype) and target.is_floating_point:
-            if not torch.isfinite(out).all():
-                raise MergeError(
-                    f"{key}: values do not fit into the range of {target}; write bfloat16 or float32"
-                )
-        return out
-
-    return planned, value
-
-
-def _check_tied(model: nn.Module, updates: Mapping[str, _Update], whole: Mapping[str, Tensor]) -> None:
-    tied = getattr(model, "all_tied_weights_keys", {})
-    shared = {**tied, **{source: target for target, source in tied.items()}}
-    for name in (*updates, *whole):
-        if name in shared:
-            raise MergeError(
-                f"{name} and {shared[name]} are one tied weight in the base model, and the adapter changes "
-                f"{name} alone: written into it, the update would change both. Serve the LoRA as it is, or "
-                "save a copy of the base with tie_word_embeddings=False and two weights, and apply to that"
-            )
-
-
-def _check_stored(
-    base: BaseSpec, name: str, shape: tuple[int, ...], stored: Stored | None, entries: Mapping[str, Entry]
-) -> None:
-    """Whether a weight that changes stands in the files as it stands in the model."""
-    if stored is None or stored.converted:
-        raise MergeError(
-            f"module {name.rpartition('.')[0]!r}: its weight is not in the files of base model {base.path!r} "
-            "by itself: transformers makes it from other tensors when it loads them. Serve the LoRA as it "
-            "is, or load the base in transformers, write it with "
-            "save_pretrained(folder, save_original_format=False), and apply to that folder"
-        )
-    entry = entries[stored.key]
-    if entry.code not in _FLOATING or entry.shape != shape:
-        raise MergeError(
-            f"{stored.key} in the files of base model {base.path!r} is {entry.code} {entry.shape}, the "
-            f"model's {name} is {shape}: an update cannot be added to it. Apply the LoRA to a base that is "
-            "not packed or quantised"
-        )
-
-
-def _added(weight: Tensor, update: _Update, dtype: torch.dtype) -> Tensor:
-    """The weight plus the update in ``dtype``; notes what rounding to it took away."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    left, right = update.left.to(wide), update.right.to(wide)
-    out = torch.empty(weight.shape, dtype=dtype)
-    rows = max(_BLOCK // weight.shape[1], 1)
-    update.lost = update.energy = 0.0
-    for part, old, new in zip(left.split(rows), weight.split(rows), out.split(rows), strict=True):
-        delta = part @ right
-        update.energy += float(delta.square().sum(dtype=torch.float64))
-        exact = delta.add_(old)
-        new.copy_(exact)
-        update.lost += float(exact.sub_(new).square().sum(dtype=torch.float64))
-    return out
-
-
-def _check_space(out: Path, size: int) -> None:
-    parent = next(p for p in out.resolve().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < size + (16 << 20):
-        raise MergeError(
-            f"{parent} has {readable_bytes(free)} free, the full model needs {readable_bytes(size)}; choose "
-            "another folder, or a smaller dtype"
-        )
+    return _left_out(dict.fromkeys(heads), Path(lora))
 
 
 def _set_dtype(config: Path, dtype: torch.dtype) -> None:
@@ -309,29 +378,6 @@ def _set_dtype(config: Path, dtype: torch.dtype) -> None:
 
     change(content)
     _write_json(config, content)
-
-
-def _report(
-    out: Path,
-    files: tuple[str, ...],
-    size: int,
-    updates: Mapping[str, _Update],
-    whole: Mapping[str, Tensor],
-    notices: list[str],
-) -> FullModelReport:
-    def share(lost: float, energy: float) -> float:
-        return (lost / energy) ** 0.5 if energy > 0 else 0.0
-
-    total = share(sum(u.lost for u in updates.values()), sum(u.energy for u in updates.values()))
-    return FullModelReport(
-        path=out,
-        files=files,
-        size=size,
-        rounding={update.module: share(update.lost, update.energy) for update in updates.values()},
-        total_rounding=total,
-        replaced=tuple(whole),
-        notices=tuple(notices),
-    )
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
 from .adapters import AdapterError, inspect_adapter
 from .cli_apply import add_apply
+from .cli_merge import add_merge
+from .cli_run import device_of
 from .cli_tables import (
     console,
     describe_method,
@@ -24,7 +27,6 @@ from .cli_tables import (
     methods_table,
     print_checks,
     progress,
-    ratio_table,
     sweep_table,
 )
 from .errors import MergeError, RecipeError
@@ -55,7 +57,7 @@ def _errors() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> None:
-    console.print(f"[bold red]error:[/] {message}", markup=True, highlight=False)
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
     raise typer.Exit(code)
 
 
@@ -89,115 +91,8 @@ def validate(recipe: Annotated[Path, typer.Argument(help="YAML recipe")]) -> Non
     )
 
 
-@app.command()
-def merge(
-    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; or use the flags")] = None,
-    out: Annotated[Path | None, typer.Argument(help="output folder; must not exist")] = None,
-    base_model: Annotated[str | None, typer.Option(help="hub id or folder of the base model")] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="NAME=PATH or PATH of an adapter; repeat", show_default=False)
-    ] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help="NAME=PATH of unlabeled data; repeat", show_default=False)
-    ] = None,
-    text: Annotated[str | None, typer.Option(help="text column, or two separated by a comma")] = None,
-    out_option: Annotated[Path | None, typer.Option("--out", help="output folder")] = None,
-    method: Annotated[str | None, typer.Option(help="merge method")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE of the method's parameters; repeat")
-    ] = None,
-    max_rank: Annotated[int | None, typer.Option(help="truncate the merged LoRA to this rank")] = None,
-    out_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", "--random-seed")] = None,
-    device: Device = "auto",
-    impl: Annotated[str, typer.Option(help="auto, triton or torch")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output folder")] = False,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="check the output")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only check the inputs")] = False,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(help="budget of the device, 24GB say: choose checkpointing and micro-batches"),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="go on from the last checkpoint, if there is one")
-    ] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints; 0 for none")] = 25,
-    checkpoints: Annotated[
-        Path | None, typer.Option(help="their folder; default OUT.partial, deleted when OUT is written")
-    ] = None,
-) -> None:
-    """Merges adapters into one LoRA: ``merge RECIPE OUT``, or with flags instead of a recipe."""
-    import torch
-
-    from .cli_recipe import recipe_of
-    from .cli_run import checkpoints_of, together
-    from .merge import check_inputs, run_recipe
-    from .signal import signal_lines
-    from .verify import verify_output
-
-    with _errors(), together() as processes:
-        if adapter and recipe is not None and out is None and out_option is None:
-            recipe, out = None, recipe
-        out = out or out_option
-        loaded = recipe_of(recipe, base_model, adapter, data, text, method, set_, max_rank, out_dtype, seed)
-        if out is None and not dry_run:
-            raise RecipeError("no output folder: give OUT or --out")
-        first = processes is None or processes.rank == 0
-        if first and out is not None and out.exists() and not overwrite:
-            raise RecipeError(f"the output {out} exists; choose another folder or add --overwrite")
-        if max_memory is not None:
-            from .cli_plan import planned
-
-            loaded = planned(loaded, max_memory, _device(device))
-        if dry_run:
-            check_inputs(loaded)
-            console.print("ok: recipe, adapters and data can be read")
-            return
-        steps = int(loaded.method_parameters().model_dump().get("steps", 0))
-        kept = checkpoints_of(out, checkpoint_every, checkpoints, resume, overwrite, first)
-        own = _device(device) if processes is None else processes.device(_device(device))
-        with progress(steps) as (on_stage, on_step):
-            calls = {"on_stage": on_stage, "on_step": on_step}
-            result, model = run_recipe(
-                loaded, device=own, impl=impl, checkpoints=kept, processes=processes, **calls
-            )
-        if not first:
-            return
-        if result.history:
-            ratio_table(result.history, result.measure)
-        if result.interrupted:
-            console.print(f"interrupted: writing the coefficients after {len(result.history)} steps")
-        report = result.save_pretrained(
-            out,
-            max_rank=loaded.output.max_rank,
-            dtype=getattr(torch, loaded.output.dtype),
-            overwrite=overwrite,
-        )
-        if kept is not None and not result.interrupted:
-            kept.clear()
-        if result.signal is not None:
-            console.print("null-space ratios on a sample of the unlabeled rows")
-            for line in signal_lines(result.signal):
-                console.print(f"  {line}", highlight=False)
-        for notice in (*result.notices, *report.notices):
-            console.print(f"note: {notice}", highlight=False)
-        console.print(
-            f"wrote {report.path}: {len(result.updates)} modules, rank {report.rank}, "
-            f"{report.total_kept_energy:.2%} of the update's energy"
-        )
-        console.print(f"report: {report.path / 'nsc_fast' / 'report.html'}", highlight=False, soft_wrap=True)
-        if verify:
-            from .merge import read_adapters
-
-            checks = verify_output(
-                out,
-                result.updates,
-                model,
-                adapters=read_adapters(loaded),
-                whole=None if result.dense is None else result.dense.tensors,
-            )
-            if not print_checks(checks):
-                raise typer.Exit(UNVERIFIED)
+add_merge(app, _errors, UNVERIFIED)
+add_apply(app, _errors, UNVERIFIED)
 
 
 @app.command("verify")
@@ -205,13 +100,18 @@ def verify_command(
     out: Annotated[Path, typer.Argument(help="folder that merge wrote")],
     base_model: Annotated[str | None, typer.Option(help="base model, if it has moved")] = None,
     device: Device = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the base model")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Checks an existing output: weights, reload through PEFT, identity, difference from the base."""
+    """Checks an existing output, LoRA or full model, and says what it has checked."""
     from .verify import verify_folder
 
     with _errors():
-        checks = verify_folder(out, base_model=base_model, device=_device(device))
+        checks = verify_folder(
+            out, base_model=base_model, device=device_of(device), trust_remote_code=trust_remote_code
+        )
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     if not print_checks(checks):
@@ -278,12 +178,16 @@ def sweep_command(
         if out is not None and out.exists() and not overwrite:
             raise RecipeError(f"the output {out} exists; choose another folder or add --overwrite")
         loaded = recipe_of(recipe, method=method)
+        if loaded.output.kind != "lora":
+            raise RecipeError(
+                "sweep writes a LoRA: leave output.kind out, and use `nsc-fast apply` on the best"
+            )
         with progress(0) as (on_stage, _):
             found = sweep(
                 loaded,
                 parse_grid(grid) if grid else None,
                 command=score,
-                device=_device(device),
+                device=device_of(device),
                 impl=impl,
                 on_stage=on_stage,
                 on_point=lambda p: console.print(f"{dict(p.values)}: {p.score:.6g}", highlight=False),
@@ -306,7 +210,7 @@ def doctor(device: Device = "auto") -> None:
     from .ops import dispatch, selftest
     from .result import environment
 
-    chosen = _device(device)
+    chosen = device_of(device)
     console.print(", ".join(f"{name} {version}" for name, version in environment().items()), highlight=False)
     impl = "triton" if dispatch.obstacle(torch.device(chosen), torch.float32) is None else "torch"
     if impl == "torch":
@@ -342,18 +246,6 @@ def demo(
         if out is not None and out.exists():
             raise RecipeError(f"the output {out} exists; choose another folder")
         run(out)
-
-
-add_apply(app, _errors, UNVERIFIED)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        return name
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if accelerator is None else accelerator.type
 
 
 @app.callback(invoke_without_command=True)

@@ -14,7 +14,7 @@ from .cli_tables import console, print_checks, progress
 if TYPE_CHECKING:
     from .apply import FullModelReport
 
-__all__ = ["add_apply"]
+__all__ = ["add_apply", "tell_full"]
 
 # From this share of the update lost, the user is told what to do about it.
 _WORTH_A_WORD = 0.05
@@ -72,18 +72,19 @@ def add_apply(app: typer.Typer, errors: Callable[[], AbstractContextManager[None
                     overwrite=overwrite,
                     on_stage=on_stage,
                 )
-            _tell(report)
+            tell_full(report)
             if verify:
-                check = verify_full_model(out, lora, base.model_copy(update={"dtype": dtype}))
+                check = verify_full_model(out, lora, base)
                 if not print_checks([check]):
                     raise typer.Exit(unverified)
 
 
-def _tell(report: FullModelReport) -> None:
+def tell_full(report: FullModelReport) -> None:
+    """What was written, and what rounding took away."""
     from .memory import readable_bytes
 
     for notice in report.notices:
-        console.print(f"note: {notice}", highlight=False)
+        console.print(f"note: {notice}", markup=False, highlight=False)
     console.print(
         f"wrote {report.path}: {len(report.rounding)} modules updated, {len(report.replaced)} tensors "
         f"replaced, {readable_bytes(report.size)} in {len(report.files)} files",
@@ -97,7 +98,7 @@ def _tell(report: FullModelReport) -> None:
     )
     if report.total_rounding > _WORTH_A_WORD:
         console.print(
-            "note: the update is small beside the weights. Serve the LoRA beside the base, or write --dtype "
-            "float32, to keep all of it",
+            "note: the update is small beside the weights. Serve the LoRA beside the base, or write float32 "
+            "weights, to keep all of it",
             highlight=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,33 @@ __all__ = ["recipe_of"]
 
 def recipe_of(
     file: Path | None,
-    base_model: str | None = None,
     adapters: list[str] | None = None,
     data: list[str] | None = None,
     text: str | None = None,
+    *,
     method: str | None = None,
     settings: list[str] | None = None,
-    max_rank: int | None = None,
-    out_dtype: str | None = None,
     seed: int | None = None,
+    base: Mapping[str, Any] | None = None,
+    output: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """The recipe from a file with flags over it, or from flags alone."""
+    """The recipe from a file with flags over it, or from flags alone.
+
+    Args:
+        file: the recipe's.
+        adapters, data, text: in place of a file.
+        method, settings, seed: over ``merge_method``, ``parameters`` and ``seed``.
+        base, output: over single fields of ``base_model`` and ``output``; None and False: not given.
+
+    Raises:
+        RecipeError: as of :func:`nsc_fast.recipe.make_recipe`, or flags that contradict each other.
+    """
     if file is not None:
         if adapters or data:
             raise RecipeError("give a recipe or --adapter/--data flags, not both")
         content = read_content(file)
     else:
         content = {"adapters": _flag_adapters(adapters or [], data or [], text)}
-    if base_model is not None:
-        content["base_model"] = base_model
     if method is not None:
         content["merge_method"] = method
     if seed is not None:
@@ -47,10 +56,31 @@ def recipe_of(
         for part in outer:
             target = target.setdefault(part, {})
         target[last] = yaml.safe_load(value)
-    for key, value in (("max_rank", max_rank), ("dtype", out_dtype)):
-        if value is not None:
-            content.setdefault("output", {})[key] = value
+    if given := _given(base):
+        content["base_model"] = _base_of(content.get("base_model"), given)
+    if given := _given(output):
+        content["output"] = {**(content.get("output") or {}), **given}
     return make_recipe(content, where=str(file or "flags"), folder=file.parent if file else None)
+
+
+def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (options or {}).items() if value not in (None, False)}
+
+
+def _base_of(base: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's base model with flags over it; another path leaves no revision of the old one."""
+    own = {"path": base} if isinstance(base, str) else dict(base or {})
+    if "path" in given:
+        own = {key: value for key, value in own.items() if key not in ("revision", "subfolder")}
+    elif "path" not in own:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given).replace("--shard", "--shard-base")
+        raise RecipeError(f"{flags}: name the base model, too, with --base-model or in the recipe")
+    if isinstance(text := given.get("device_map"), str) and text.lstrip().startswith("{"):
+        try:
+            given = {**given, "device_map": yaml.safe_load(text)}
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--device-map {text!r} is not readable: {error}") from error
+    return {**own, **given}
 
 
 def _flag_adapters(adapters: list[str], data: list[str], text: str | None) -> list[dict[str, Any]]:

@@ -14,7 +14,33 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoints
     from .processes import Processes
 
-__all__ = ["checkpoints_of", "together"]
+__all__ = ["checkpoints_of", "device_of", "together"]
+
+
+def device_of(name: str, *, there: bool = True) -> str:
+    """The device that ``--device`` names; of "auto" the accelerator, or the CPU.
+
+    Args:
+        there: whether torch must be able to use it. Memory can be planned without.
+
+    Raises:
+        RecipeError: it is none, or torch cannot use it.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return "cpu" if accelerator is None else accelerator.type
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"--device {name!r} is none; write auto, cpu, cuda, xpu or mps") from error
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    found = accelerator is not None and device.type == accelerator.type and (device.index or 0) < count
+    if there and device.type != "cpu" and not found:
+        has = "none" if accelerator is None else f"{count} of type {accelerator.type}"
+        raise RecipeError(f"--device {name}: torch cannot use it here (accelerators: {has}); use auto or cpu")
+    return name
 
 
 @contextmanager
@@ -70,7 +96,7 @@ def checkpoints_of(
         every,
         resume=resume,
         restart=overwrite,
-        on_notice=lambda notice: console.print(f"note: {notice}", highlight=False),
+        on_notice=lambda notice: console.print(f"note: {notice}", markup=False, highlight=False),
     )
     if first:
         # Before anything is loaded.

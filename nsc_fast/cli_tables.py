@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -60,7 +61,8 @@ def print_checks(checks: list[Any]) -> bool:
         state = "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
         relation = ">" if check.name == "difference" else "<="
         console.print(
-            f"{state} {check.name}: {check.value:.1e} (must be {relation} {check.limit:.0e}) {check.detail}",
+            f"{state} {check.name}: {check.value:.1e} (must be {relation} {check.limit:.0e}) "
+            f"{escape(check.detail)}",
             highlight=False,
         )
     return all(check.passed for check in checks)
@@ -84,7 +86,7 @@ def inspection_table(found: list[Any]) -> None:
     Console().print(table)
     for one in found:
         for problem in one.problems:
-            console.print(f"[bold red]{one.name}:[/] {problem}", highlight=False)
+            console.print(f"[bold red]{one.name}:[/] {escape(str(problem))}", highlight=False)
 
 
 def describe_method(method: Any) -> dict[str, Any]:

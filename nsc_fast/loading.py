@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import MergeError
-from .quantised import INSTALL, check_installed, keep_differentiable, quantisation_config
+from .quantised import INSTALL, check_installed, keep_differentiable, quantisation_config, quantised_by
 from .recipe import BaseSpec
 
 __all__ = ["Skeleton", "base_skeleton", "load_base", "load_tokenizer"]
@@ -48,20 +48,28 @@ def load_base(
 
     Args:
         spec, modules, task_type: as of :func:`base_skeleton`.
-        device: of the whole model, unless ``spec`` has a device map.
+        device: of the whole model, unless ``spec`` has a device map. A base that is going to be sharded
+            stays on the CPU.
 
     Raises:
-        MergeError: as of :func:`base_skeleton`, or a package that quantisation needs is not installed.
+        MergeError: as of :func:`base_skeleton`, or a package that quantisation needs is not installed, or a
+            base that is going to be sharded is stored quantised.
     """
     check_installed(spec)
     skeleton = base_skeleton(spec, modules, task_type=task_type)
+    packed = quantised_by(skeleton.model.config.to_dict())
+    if spec.shard and packed is not None:
+        raise MergeError(
+            f"base model {spec.path!r} is stored quantised ({packed}) and cannot be sharded: name the base "
+            "that is not quantised, or leave --shard-base (base_model.shard) out"
+        )
     options = _options(spec)
     options["dtype"] = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
     if spec.quantised:
         options["quantization_config"] = quantisation_config(spec)
     if spec.device_map is not None:
         options["device_map"] = spec.device_map
-    elif spec.quantised or torch.device(device).type != "cpu":
+    elif spec.quantised or (torch.device(device).type != "cpu" and not spec.shard):
         # Tensor by tensor to where it is used: the model is never whole in the host's memory.
         options["device_map"] = {"": str(device)}
     try:

@@ -24,6 +24,7 @@ from .adapters import (
 )
 from .batches import Batch
 from .checkpoint import Checkpoints, digest
+from .checks import check_needs, check_one_model, check_predictions, check_processes, check_shardable
 from .data import adapter_folders, check_data, check_tokenizers, read_data
 from .dense import dense_applied, merge_dense
 from .driver import StepRecord
@@ -32,12 +33,12 @@ from .inputs import completed
 from .interference import Interference, interference
 from .loading import load_base
 from .methods import MergeInputs
-from .methods.entropy import EntropyObjective
 from .parameters import Strict
 from .processes import Processes
 from .quantised import check_installed, keep_differentiable
 from .recipe import AdapterSpec, BaseSpec, Recipe
 from .result import MergeResult
+from .sharding import shard
 
 __all__ = ["Prepared", "check_inputs", "merge_adapters", "prepare_recipe", "read_adapters", "run_recipe"]
 
@@ -242,52 +243,6 @@ def prepare(
     return Prepared(inputs, common, recipe, dense)
 
 
-def check_needs(method: methods.Method, has_model: bool, data: Mapping[str, Any] | None) -> None:
-    """Whether the method gets what it needs, and data only where it uses them."""
-    if method.needs_data and not (has_model and data):
-        raise MergeError(
-            f"method {method.name!r} needs the base model and unlabeled data of every task; give them, or "
-            "choose a data-free method such as 'task_arithmetic'"
-        )
-    if data and not method.needs_data:
-        raise MergeError(f"method {method.name!r} uses no data; leave the data out, or choose 'nsc'")
-
-
-def check_one_model(method: methods.Method) -> None:
-    """Whether the method gives one LoRA."""
-    if not method.one_model:
-        raise MergeError(
-            f"method {method.name!r} keeps the adapters apart and gives no merged LoRA to write. In Python, "
-            "merge_adapters(...) returns its store: rebuild(task) gives one adapter, save_store(file) writes "
-            "all. Or choose another method"
-        )
-
-
-def check_predictions(
-    parameters: Strict, adapters: Mapping[str, Adapter], model: nn.Module | None = None
-) -> None:
-    """For methods that look at the model's predictions: whether there are any of that kind.
-
-    Without the model, what the adapters' own heads tell.
-
-    Raises:
-        MergeError: a regression head, by the name of its task, or predictions of another kind.
-    """
-    kind = getattr(parameters, "entropy", None)
-    if kind is None:
-        return
-    for task, adapter in adapters.items() if kind == "classification" else ():
-        for path, tensor in adapter.heads.items():
-            if path.endswith(".weight") and tensor.ndim == 2 and tensor.shape[0] == 1:
-                raise MergeError(
-                    f"the head of task {task!r} ({path}) gives one number per example: entropy is not "
-                    "defined for regression. Leave the task out, or use method 'nsc', whose objective needs "
-                    "no outputs"
-                )
-    if model is not None:
-        EntropyObjective.check(model, kind)
-
-
 def _public_name(adapters: Iterable[Adapter], base_name: str | None) -> str:
     """The base as the adapters name it, rather than where it lies on this machine."""
     named = {adapter.base_model for adapter in adapters}
@@ -317,6 +272,8 @@ def check_inputs(recipe: Recipe) -> tuple[dict[str, Adapter], BaseSpec]:
     check_one_model(method)
     parameters = recipe.method_parameters()
     adapters = read_adapters(recipe)
+    if recipe.base_model is not None and recipe.base_model.shard:
+        check_shardable(method, parameters, adapters)
     name = common_base(adapters.values(), None if recipe.base_model is None else recipe.base_model.path)
     base = recipe.base_model or BaseSpec(path=name)
     check_installed(base)
@@ -347,7 +304,8 @@ def run_recipe(
     Returns:
         The result, and the base model (unchanged), for the checks that follow.
     """
-    prepared, model = prepare_recipe(recipe, device=device, impl=impl, on_stage=on_stage, on_step=on_step)
+    calls = {"on_stage": on_stage, "on_step": on_step}
+    prepared, model = prepare_recipe(recipe, device=device, impl=impl, processes=processes, **calls)
     on_stage("merging")
     kept = {"checkpoints": checkpoints, "processes": processes}
     return prepared.run(methods.get(recipe.merge_method), recipe.method_parameters(), **kept), model
@@ -360,8 +318,14 @@ def prepare_recipe(
     impl: str = "auto",
     on_stage: Callable[[str], None] = lambda _: None,
     on_step: Callable[[StepRecord], None] | None = None,
+    processes: Processes | None = None,
 ) -> tuple[Prepared, nn.Module]:
     """Loads what the recipe names, the base model too, and brings the adapters into canonical form."""
+    if recipe.base_model is not None:
+        check_processes(recipe.base_model, processes)
+        if recipe.base_model.shard:
+            # The others may wait for a part of a weight: not for an error.
+            processes.tells = False
     on_stage("reading adapters")
     adapters, base = check_inputs(recipe)
     on_stage(f"loading {base.path}")
@@ -384,6 +348,9 @@ def prepare_recipe(
         impl=impl,
         on_step=on_step,
     )
+    if base.shard:
+        on_stage("sharding the base model")
+        shard(model, modules, device)
     resolved = recipe.model_dump(mode="json", exclude_none=True)
     resolved["base_model"] = base.model_dump(mode="json", exclude_none=True)
     common = {**prepared.common, "notices": (*prepared.common["notices"], *notices)}

@@ -156,7 +156,8 @@ def launched(timeout: float = TIMEOUT) -> Processes | None:
         timeout: seconds that a process waits for the others.
 
     Raises:
-        MergeError: processes that are not connected: started by MPI alone, for example.
+        MergeError: processes that are not connected: started by MPI alone, for example; or one process of a
+            launcher that was asked for several.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -166,6 +167,13 @@ def launched(timeout: float = TIMEOUT) -> Processes | None:
                     f"{name} tells of several processes that would all do the same; start them with torchrun "
                     "or accelerate launch"
                 )
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+            # What accelerate sets where it was asked for several processes and cannot start them.
+            raise MergeError(
+                "accelerate launch was asked for several processes and has started this one alone, as it "
+                "does with --cpu and without GPUs: write accelerate launch --multi_gpu --num_processes N, "
+                "which starts them on CPUs, too, or torchrun --nproc_per_node N"
+            )
         return None
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing and not dist.is_initialized():

@@ -7,10 +7,12 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from .errors import RecipeError
+from .errors import MergeError, RecipeError
+from .memory import parse_bytes
 from .parameters import Strict
 
 __all__ = [
@@ -32,11 +34,15 @@ class BaseSpec(Strict):
 
     Attributes:
         dtype: of the weights. "auto": as the checkpoint has them.
+        trust_remote_code: run code that comes with the checkpoint.
         device_map: where its parts go, as in transformers: "auto", "balanced", ... or module path -> device,
             "cpu" or "disk". Default: all on the device of the merge.
         load_in_4bit, load_in_8bit: quantise the frozen base while it is loaded. The adapters and the merge
             stay in full precision, and a full model is written from the files, which are not quantised.
         quant_method: what quantises; torchao for 8 bits only. Default: bitsandbytes.
+        shard: divide its blocks among the processes of a launcher (FSDP2), for a base that does not fit on
+            one device. Each process reads it into the host's memory first; in the dtype of its files, the
+            processes of a machine share that memory.
     """
 
     path: str
@@ -48,6 +54,7 @@ class BaseSpec(Strict):
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     quant_method: Literal["bitsandbytes", "torchao"] | None = None
+    shard: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -63,6 +70,40 @@ class BaseSpec(Strict):
         if self.load_in_4bit and self.quant_method == "torchao":
             raise ValueError("quant_method torchao is for load_in_8bit; bitsandbytes does 4 bits")
         return self
+
+    @model_validator(mode="after")
+    def _placed_once(self) -> BaseSpec:
+        if self.shard and self.quantised:
+            raise ValueError(
+                "shard: quantised weights cannot be sharded; leave load_in_4bit/8bit or shard out"
+            )
+        if self.shard and self.device_map is not None:
+            raise ValueError("shard and device_map both say where the weights are; choose one")
+        whole = not isinstance(self.device_map, dict)
+        places = {self.device_map} if whole else set(self.device_map.values())
+        for place in places:
+            _check_place(place, whole=whole)
+        if self.quantised and ("disk" in places or ("cpu" in places and len(places) > 1)):
+            raise ValueError(
+                "device_map: a base that is quantised while it is loaded has no part on 'disk', and on 'cpu' "
+                "all parts or none"
+            )
+        return self
+
+
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _check_place(place: int | str | None, *, whole: bool) -> None:
+    if place is None or isinstance(place, int) or place == "disk" or (whole and place in _MAPS):
+        return
+    try:
+        torch.device(place)
+    except RuntimeError as error:
+        known = f"{', '.join(_MAPS)}, or " if whole else ""
+        raise ValueError(
+            f"device_map: {place!r} is no place; write {known}a device such as 'cuda:0'"
+        ) from error
 
 
 class DataOptions(Strict):
@@ -180,11 +221,40 @@ class AdapterSpec(Strict):
 
 
 class OutputSpec(Strict):
-    """What is written. ``max_rank``: truncate; without it the output is lossless (sum of the ranks)."""
+    """What is written.
 
-    kind: Literal["lora"] = "lora"
+    Attributes:
+        kind: "lora", or "full": the base model with the merged LoRA in its weights.
+        max_rank: truncate; without it the merged LoRA is lossless (sum of the ranks).
+        dtype: of the factors, float32 by default; of a full model's weights, "auto" by default: as in the
+            base's files.
+        shard_size: of a full model: its weight files are no larger, "5GB" by default.
+    """
+
+    kind: Literal["lora", "full"] = "lora"
     max_rank: int | None = Field(None, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    shard_size: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_default(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("kind") == "full":
+            return {"dtype": "auto", **value}
+        return value
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> OutputSpec:
+        if self.kind == "lora" and self.dtype == "auto":
+            raise ValueError("dtype auto is that of the base's files: for kind full")
+        if self.kind == "lora" and self.shard_size is not None:
+            raise ValueError("shard_size is for kind full; a LoRA is one file")
+        if self.shard_size is not None:
+            try:
+                parse_bytes(self.shard_size)
+            except MergeError as error:
+                raise ValueError(f"shard_size: {error}") from error
+        return self
 
 
 class Recipe(Strict):
@@ -287,6 +357,10 @@ def _readable(error: ValidationError, where: str) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "recipe"
-        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        what = (
+            "unknown key"
+            if problem["type"] == "extra_forbidden"
+            else problem["msg"].removeprefix("Value error, ")
+        )
         lines.append(f"{where}: {key}: {what}")
     return "\n".join(lines)

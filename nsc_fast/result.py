@@ -95,26 +95,33 @@ class MergeResult:
         Raises:
             AdapterError: the output exists, the base model is unknown, or values that ``dtype`` cannot hold.
         """
+        extra = self.evidence(max_rank=max_rank, dtype=dtype)
+        return self.save_lora(out, max_rank=max_rank, dtype=dtype, extra_files=extra, overwrite=overwrite)
+
+    def save_lora(self, out: str | os.PathLike[str], **options: Any) -> WriteReport:
+        """The LoRA alone; ``options`` are those of :func:`nsc_fast.adapters.write_lora`."""
         return write_lora(
             out,
             self.updates,
             base_model=self.base_model,
             base_shapes=self.base_shapes,
             task_type=self.task_type,
-            max_rank=max_rank,
-            dtype=dtype,
             whole=None if self.dense is None else self.dense.modules,
-            extra_files=self.evidence(max_rank=max_rank, dtype=dtype),
-            overwrite=overwrite,
+            **options,
         )
 
     def evidence(
-        self, *, max_rank: int | None = None, dtype: torch.dtype = torch.float32
+        self,
+        *,
+        max_rank: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        applied: str | None = None,
     ) -> dict[str, bytes | str]:
         """Files beside the adapter: recipe, coefficients, metrics, environment, report, model card.
 
         Args:
             max_rank, dtype: of the adapter, as for :meth:`save_pretrained`.
+            applied: of a full model: ``nsc_fast/apply.json``.
         """
         measurements = self._measurements(max_rank, dtype)
         files: dict[str, bytes | str] = {
@@ -132,6 +139,8 @@ class MergeResult:
                 for m, c in self.coefficients.items()
             }
             files["nsc_fast/coefficients.json"] = json.dumps(table, indent=2, sort_keys=True) + "\n"
+        if applied is not None:
+            files["nsc_fast/apply.json"] = applied
         for task, tensors in self.heads.items():
             files[f"heads/{task}.safetensors"] = save({k: v.contiguous() for k, v in tensors.items()})
         if self.history:

@@ -4,6 +4,11 @@
 - ``reload``: PEFT loads the folder into the base model and gives the outputs of the in-memory merge;
 - ``identity``: one adapter with coefficient 1, written by the same writer, gives itself back;
 - ``difference``: the merge changes the base model's outputs.
+
+Of a full model, these are checks of the LoRA that lies in it, and there are two more:
+
+- ``stored``: its files hold the base's tensors, and where the LoRA changes them the rounded sum;
+- ``full model``: transformers loads it, and it gives the outputs of PEFT's merge.
 """
 
 from __future__ import annotations
@@ -11,8 +16,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +25,31 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import methods
 from .adapters import Adapter, check_against_model, fit_to_model, module_shapes, read_adapter, write_lora
+from .apply import LORA, plan_full
 from .errors import MergeError
 from .factors import LowRankUpdate, canonical
-from .layers import install, model_device, remove, stack_adapters
+from .layers import stack_adapters
 from .loading import load_base
 from .methods import MergeInputs
+from .outputs import applied, outputs, outputs_with_peft, outputs_with_updates, probe
 from .recipe import BaseSpec
 
-__all__ = ["Check", "applied", "probe", "verify_folder", "verify_full_model", "verify_output"]
+__all__ = [
+    "Check",
+    "applied",
+    "probe",
+    "verify_folder",
+    "verify_full_model",
+    "verify_output",
+    "verify_stored",
+]
+
+# Products of float32 differ in the last bits from machine to machine, and rounded to bfloat16 now and then by
+# a step of it. Without the update the difference is 1.
+_STORED = 0.05
 
 
 @dataclass(frozen=True)
@@ -72,9 +89,9 @@ def verify_output(
     whole = written.heads if whole is None else whole
     inputs = dict(inputs) if inputs is not None else probe(model)
     limit = _limit(model, written)
-    base = _outputs(model, inputs)
-    in_memory = _with_updates(model, expected, inputs, whole)
-    reloaded = _with_peft(model, Path(out), inputs)
+    base = outputs(model, inputs)
+    in_memory = outputs_with_updates(model, expected, inputs, whole)
+    reloaded = outputs_with_peft(model, Path(out), inputs)
     checks.append(_compare("reload", reloaded, in_memory, limit, "outputs through PEFT against the merge"))
     change = _distance(in_memory, base)
     zero = all(u.energy == 0 for u in expected.values())
@@ -94,13 +111,17 @@ def verify_output(
 
 
 def verify_folder(
-    out: str | os.PathLike[str], *, base_model: str | None = None, device: str = "cpu"
+    out: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> list[Check]:
     """Checks an existing output against what it tells of its merge.
 
     With coefficients, these give the merged update; a data-free method without coefficients runs again, from
     the recorded sources, parameters and seed. Where neither is possible, the folder is compared with itself:
-    what PEFT makes of it.
+    what PEFT makes of it. Of a full model its files are checked, too.
 
     Raises:
         MergeError: the folder was not written by a merge, or its sources are gone.
@@ -114,8 +135,10 @@ def verify_folder(
     recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else {}
     adapters = _sources(summary, recipe)
     types = {adapter.task_type for adapter in adapters.values()}
+    base = BaseSpec(path=base_model or summary["base_model"], trust_remote_code=trust_remote_code)
+    lora = folder / LORA if (folder / LORA).is_dir() else folder
     model = load_base(
-        BaseSpec(path=base_model or summary["base_model"]),
+        base,
         list(dict.fromkeys(m for adapter in adapters.values() for m in adapter.modules)),
         task_type=types.pop() if len(types) == 1 else None,
         device=device,
@@ -124,15 +147,42 @@ def verify_folder(
     check_against_model(adapters.values(), model)
     updates = _again(folder, summary, recipe, adapters)
     if updates is not None:
-        return verify_output(folder, updates, model, adapters=adapters)
-    written = read_adapter(folder, name="merged", modules_to_save="drop").canonical()
-    checks = verify_output(folder, written, model, adapters=adapters)
-    told = f"; method {summary['method']!r} cannot run again without data: the folder against itself"
-    return [
-        replace(check, detail=check.detail + told) if check.name == "reload" else check
-        for check in checks
-        if check.name != "weights"
-    ]
+        checks = verify_output(lora, updates, model, adapters=adapters)
+    else:
+        written = read_adapter(lora, name="merged", modules_to_save="drop").canonical()
+        told = f"; method {summary['method']!r} cannot run again without data: the folder against itself"
+        checks = [
+            replace(check, detail=check.detail + told) if check.name == "reload" else check
+            for check in verify_output(lora, written, model, adapters=adapters)
+            if check.name != "weights"
+        ]
+    if lora == folder:
+        return checks
+    del model
+    return [*checks, verify_stored(folder, base), verify_full_model(folder, lora, base, device=device)]
+
+
+def verify_stored(out: str | os.PathLike[str], base: BaseSpec) -> Check:
+    """Compares the files of a full model that a merge wrote with those of the base plus the LoRA in it.
+
+    One tensor at a time; no model is loaded.
+
+    Args:
+        out: folder of the full model.
+        base: the base model.
+
+    Raises:
+        MergeError: files that are missing or damaged.
+    """
+    folder = Path(out)
+    told = json.loads((folder / "nsc_fast" / "apply.json").read_text(encoding="utf-8"))
+    dtype = None if told["dtype"] == "auto" else getattr(torch, told["dtype"])
+    plan = plan_full(read_adapter(folder / LORA, modules_to_save="keep-separate"), base, dtype=dtype)
+    value, where = plan.compare(folder)
+    detail = f"{len(plan.entries)} tensors of the files against base plus LoRA, by the size of the update"
+    return Check(
+        "stored", value <= _STORED, value, _STORED, detail + (f"; worst at {where}" if where else "")
+    )
 
 
 def verify_full_model(
@@ -143,17 +193,21 @@ def verify_full_model(
     Args:
         out: folder of the full model.
         lora: the LoRA in it.
-        base: the base model, in the dtype of ``out``.
+        base: the base model; its dtype becomes that of ``out``.
+        device: of both models, unless ``base`` has a device map.
     """
     from peft import PeftModel
 
     adapter = read_adapter(lora, modules_to_save="keep-separate")
+    told = json.loads((Path(out) / "nsc_fast" / "apply.json").read_text(encoding="utf-8"))
+    base = base.model_copy(update={"dtype": told["dtype"]})
     kind = {"modules": tuple(adapter.modules), "task_type": adapter.task_type, "device": device}
     model = load_base(base, **kind)
     inputs, limit = probe(model), _limit(model, adapter)
-    expected = _outputs(PeftModel.from_pretrained(model, str(lora)).merge_and_unload(), inputs)
+    expected = outputs(PeftModel.from_pretrained(model, str(lora)).merge_and_unload(), inputs)
     del model
-    got = _outputs(load_base(BaseSpec(path=str(out)), **kind), inputs)
+    own = {"path": str(out), "revision": None, "subfolder": None, "dtype": "auto"}
+    got = outputs(load_base(base.model_copy(update=own), **kind), inputs)
     return _compare("full model", got, expected, limit, "outputs against PEFT's merge_and_unload")
 
 
@@ -192,44 +246,6 @@ def _again(
         seed=recipe.get("seed", 0),
     )
     return method.run(inputs, method.parameters(**summary["parameters"])).updates
-
-
-def probe(model: nn.Module) -> dict[str, Tensor]:
-    """Two short random inputs for a transformers model: token ids, or pixels.
-
-    Raises:
-        MergeError: the model takes something else; pass ``inputs`` then.
-    """
-    generator = torch.Generator().manual_seed(0)
-    config = getattr(model, "config", None)
-    kind = getattr(model, "main_input_name", None)
-    device = model_device(model)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if kind == "input_features" and hasattr(config, "num_mel_bins"):
-        frames = 2 * getattr(config, "max_source_positions", 50)
-        shape = (2, config.num_mel_bins, frames)
-        sound = torch.randn(shape, generator=generator).to(device, next(model.parameters()).dtype)
-        ids = torch.randint(0, text.vocab_size, (2, 12), generator=generator).to(device)
-        return {"input_features": sound, "decoder_input_ids": ids}
-    if kind == "input_ids" and hasattr(text, "vocab_size"):
-        ids = torch.randint(0, text.vocab_size, (2, 12), generator=generator).to(device)
-        out = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if getattr(config, "is_encoder_decoder", False):
-            out["decoder_input_ids"] = ids
-        vision = getattr(config, "vision_config", None)
-        if hasattr(vision, "image_size") and not model.can_generate():
-            out["pixel_values"] = _pixels(model, vision, generator)
-        return out
-    if kind == "pixel_values" and hasattr(config, "image_size"):
-        return {"pixel_values": _pixels(model, config, generator)}
-    raise MergeError(f"cannot make probe inputs for {type(model).__name__}; pass inputs= to the check")
-
-
-def _pixels(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
-    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    first = next(model.parameters())
-    shape = (2, getattr(config, "num_channels", 3), size, size)
-    return torch.randn(shape, generator=generator).to(model_device(model), first.dtype)
 
 
 def _weights_check(
@@ -275,12 +291,12 @@ def _identity_check(named: tuple[str, Adapter], model: nn.Module, inputs: Mappin
             base_shapes=module_shapes(model),
             task_type=adapter.task_type,
         )
-        ours = _with_peft(model, again, inputs)
+        ours = outputs_with_peft(model, again, inputs)
     merged = {task: {m: canonical(f.down, f.up, f.scaling) for m, f in adapter.modules.items()}}
     theirs = (
-        _with_peft(model, Path(adapter.source), inputs)
+        outputs_with_peft(model, Path(adapter.source), inputs)
         if Path(adapter.source).is_dir() and not adapter.heads and not adapter.dense
-        else _with_updates(model, merged[task], inputs)
+        else outputs_with_updates(model, merged[task], inputs)
     )
     return _compare("identity", ours, theirs, limit, f"adapter {task!r} with coefficient 1 against itself")
 
@@ -303,61 +319,3 @@ def _limit(model: nn.Module, adapter: Adapter) -> float:
 def _torch_dtype(name: str) -> torch.dtype:
     names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
     return names.get(name) or getattr(torch, name.removeprefix("torch."))
-
-
-@contextmanager
-def applied(model: nn.Module, updates: Mapping[str, LowRankUpdate]) -> Iterator[None]:
-    """The model with the updates in it, while the block runs."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    install(model, {"merged": updates}, granularity="task", init=1.0)
-    try:
-        yield
-    finally:
-        remove(model)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def _with_updates(
-    model: nn.Module,
-    updates: Mapping[str, LowRankUpdate],
-    inputs: Mapping[str, Tensor],
-    whole: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    with applied(model, updates):
-        return _outputs(model, inputs, whole)
-
-
-def _with_peft(model: nn.Module, folder: Path, inputs: Mapping[str, Tensor]) -> Tensor:
-    from peft import PeftModel
-
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    loaded = PeftModel.from_pretrained(model, str(folder))
-    try:
-        return _outputs(loaded, inputs)
-    finally:
-        loaded.unload()
-        # PEFT leaves its configuration on the model and would warn of a second adapter.
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def _outputs(
-    model: nn.Module, inputs: Mapping[str, Tensor], whole: Mapping[str, Tensor] | None = None
-) -> Tensor:
-    """All floating-point outputs of a forward pass, flat, in float32 (float64 stays).
-
-    Args:
-        whole: path -> tensor in place of the model's.
-    """
-    model.eval()
-    present = model.state_dict(keep_vars=True) if whole else {}
-    other = {path: tensor.to(present[path]) for path, tensor in (whole or {}).items()}
-    with torch.no_grad():
-        out = functional_call(model, other, (), dict(inputs)) if other else model(**inputs)
-    values = out.to_tuple() if hasattr(out, "to_tuple") else out if isinstance(out, tuple) else (out,)
-    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return torch.cat([t.reshape(-1).to(wide) for t in tensors])

@@ -300,6 +300,16 @@ class TestLaunched:
         with pytest.raises(MergeError, match="WORLD_SIZE is 4, but RANK is not set"):
             launched()
 
+    def test_one_process_where_accelerate_was_asked_for_several(self, monkeypatch):
+        """With --cpu it sets the address of the first process, and starts no other one."""
+        for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        assert launched() is None
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with pytest.raises(MergeError, match="started this one alone.*accelerate launch --multi_gpu"):
+            launched()
+
     def test_a_process_without_a_device_of_its_own(self, monkeypatch):
         processes = object.__new__(Processes)
         processes.local_rank = 2

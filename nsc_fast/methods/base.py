@@ -87,6 +87,7 @@ class Method:
         cost: what it costs in words.
         one_model: whether the result is one merged update; otherwise it keeps the adapters apart in some
             compressed form, and its result says how to get them back.
+        sharded_base: whether it can run on a base model that is sharded over processes.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Method:
     output_rank: str
     cost: str
     one_model: bool = True
+    sharded_base: bool = False
 
 
 def linear_result(

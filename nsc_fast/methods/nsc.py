@@ -55,4 +55,5 @@ METHOD = Method(
     paper="Label-Free Cross-Task LoRA Merging with Null-Space Compression, CVPR 2026",
     output_rank="sum of ranks",
     cost="forward and backward passes over unlabeled data, up to the last target module",
+    sharded_base=True,
 )

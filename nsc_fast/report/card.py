@@ -21,15 +21,16 @@ def card(record: Record) -> str:
     """The whole card; its front matter is what the hub reads."""
     summary = record.summary
     head = {
-        "library_name": "peft",
+        "library_name": "peft" if record.full is None else "transformers",
         "base_model": None if summary.base_model is None else public(summary.base_model),
-        "tags": ["lora", "merge", "nsc_fast", summary.method],
+        "tags": [*(["lora"] if record.full is None else []), "merge", "nsc_fast", summary.method],
     }
+    what = "adapter" if record.full is None else "model"
     adapters = counted(len(summary.tasks), "LoRA adapter")
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# Merge of {adapters}\n\n"
         f"{BEGIN}\n{_body(record)}\n{END}\n\n"
-        "The licence of this adapter follows from those of its sources.\n"
+        f"The licence of this {what} follows from those of its sources.\n"
     )
 
 
@@ -65,6 +66,13 @@ def _opening(record: Record) -> str:
         f"One LoRA made from {counted(len(summary.tasks), 'adapter')} of one base model "
         f"by `{summary.method}`{made}."
     ]
+    if record.full is not None:
+        lines[0] = (
+            "The base model with one LoRA in its weights, made from "
+            f"{counted(len(summary.tasks), 'adapter')} by `{summary.method}`{made}. The LoRA by itself is in "
+            f"`nsc_fast/lora`; by the rounding of the weights the update in them is off by "
+            f"{percent(record.full.total_rounding)}."
+        )
     if summary.interrupted:
         lines.append(f"> The optimisation was interrupted after {len(record.history)} steps.")
     lines += [f"> {_text(notice)}" for notice in summary.notices]

@@ -57,6 +57,8 @@ def _summary(record: Record) -> dict[str, str]:
     if measured.output is not None:
         told["rank"] = str(measured.output.rank)
         told["dtype"] = measured.output.dtype
+    if record.full is not None:
+        told["output"] = f"full model; its rounding takes {percent(record.full.total_rounding)} of the update"
     total = sum(s.energy for s in measured.spectrum.values())
     if total > 0:
         kept = sum(s.kept * s.energy for s in measured.spectrum.values()) / total

@@ -110,6 +110,20 @@ class Output(_Part):
     dtype: str
 
 
+class FullModel(_Part):
+    """``nsc_fast/apply.json``: the full model that holds the merged update.
+
+    Attributes:
+        total_rounding: ``||stored - (W + dW)|| / ||dW||`` over all modules.
+        size: bytes of the weights.
+        files: of the weights.
+    """
+
+    total_rounding: float
+    size: int
+    files: list[str]
+
+
 class Signal(_Part):
     """Null-space ratios on each task's own unlabeled data; any part may be missing.
 
@@ -151,6 +165,7 @@ class Record(_Part):
     history: list[Step] = []
     coefficients: dict[str, Coefficients] = {}
     measurements: Measurements = Measurements()
+    full: FullModel | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -197,6 +212,7 @@ def read_record(source: str | os.PathLike[str] | Mapping[str, bytes | str]) -> R
         ("history", "metrics.jsonl", _lines, list[Step]),
         ("coefficients", "coefficients.json", json.loads, dict[str, Coefficients]),
         ("measurements", "measurements.json", json.loads, Measurements),
+        ("full", "apply.json", json.loads, FullModel),
     ):
         if (text := read(file)) is not None:
             parts[key] = _checked(file, text, parse, kind)

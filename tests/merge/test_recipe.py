@@ -50,6 +50,13 @@ def test_environment_variables_are_expanded_in_paths(monkeypatch, tmp_path):
         ({"parameters": {"preferences": {"one": -1}}}, "preferences"),
         ({"output": {"dtype": "int8"}}, "output.dtype"),
         ({"output": {"max_rank": 0}}, "output.max_rank"),
+        ({"output": {"kind": "gguf"}}, "output.kind"),
+        ({"output": {"dtype": "auto"}}, "output: dtype auto is that of the base's files: for kind full"),
+        ({"output": {"shard_size": "1GB"}}, "output: shard_size is for kind full"),
+        (
+            {"base_model": {"path": "b", "shard": True, "device_map": "auto"}},
+            "base_model: shard and device_map",
+        ),
         ({"adapters": [{"name": "one", "path": "a", "data": {"path": "d", "labels": "y"}}]}, "data.labels"),
     ],
 )
