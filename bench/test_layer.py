@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from torch import Tensor, nn
 
 from nsc_fast.factors import canonical, stack
 from nsc_fast.layers import MergedLinear
+from nsc_fast.siblings import share
 
 from .peers import EagerLayer, GramRatio, MaterialisedLayer, forward_backward
 
@@ -65,6 +66,46 @@ def test_layer_forward_backward(compare, device, size, name) -> None:
             "eager concatenated adapters": ">= 1",
             "W_merge under autograd": ">= 1.5",
         },
+    )
+
+
+def test_layer_siblings(compare, device, size) -> None:
+    """Queries, keys and values: the three layers computed together against each for itself."""
+    n, d, d_kv, tasks, rank = {
+        "smoke": (128, 64, 32, 3, 4),
+        "cpu": (768, 512, 512, 6, 16),
+        "full": (8192, 4096, 1024, 6, 16),
+    }[size]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    apart, together = (nn.ModuleList() for _ in range(2))
+    coefficients = nn.Parameter(torch.full((tasks,), 0.4, device=device))
+    for width in (d, d_kv, d_kv):
+        base = nn.Linear(d, width, bias=False, device=device, dtype=dtype)
+        named = [
+            (str(k), canonical(torch.randn(rank, d) / d**0.5, torch.randn(width, rank) * 0.02))
+            for k in range(tasks)
+        ]
+        for layers in (apart, together):
+            layers.append(MergedLinear(base, stack(named), lambda: coefficients))
+    z = torch.randn(n, d, device=device, dtype=dtype, requires_grad=True)
+    (_,) = share(together, lambda: [layer(z) for layer in together])
+    gs = [torch.randn(n, width, device=device, dtype=dtype) for width in (d, d_kv, d_kv)]
+
+    def both(layers):
+        def run() -> Tensor:
+            z.grad = coefficients.grad = None
+            torch.autograd.backward([layer(z) for layer in layers], gs)
+            return z.grad
+
+        return run
+
+    expected = both(apart)()
+    assert (both(together)() - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 5e-2)
+    compare(
+        both(together),
+        {"each layer for itself": both(apart)},
+        case=f"N={n} d={d}, {d_kv} K={tasks} r={rank} {str(dtype)[6:]}",
+        goals={"each layer for itself": ">= 1"},
     )
 
 

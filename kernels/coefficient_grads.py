@@ -24,16 +24,18 @@ from .launch import (
     check,
     check_dtype,
     check_per_token,
+    coordinates,
     current_target,
     is_aligned,
     matrix,
     on_device,
-    project_choice,
     rows,
     vector,
 )
 from .ratio_terms import load_scales
 from .reduce import reduce_partials
+from .tf32 import factor_operand
+from .tuned import choose
 
 
 class CoefficientGrads(NamedTuple):
@@ -233,6 +235,8 @@ def coefficient_grads(
         segment, num_segments, task, siblings, clamp: as given to ``project``.
         per_segment: sum dcoef over the columns of each segment, (num_segments,).
         out: (N, R) matrix with unit column stride that receives dP.
+        precision: "ieee" or "tf32", for float32 inputs.
+        choice: a launch choice other than the default one.
     """
     check_dtype("p", p)
     check("p", p, (None, None))
@@ -270,7 +274,7 @@ def coefficient_grads(
 
     if choice is None:
         target = current_target(p.device)
-        choice = project_choice(rank, p.dtype, target, ratio=False, aligned=aligned)
+        choice = choose("coefficient_grads", rank, p.dtype, target, aligned=aligned, precision=precision)
     blocks = triton.cdiv(num_tokens, choice.block_n)
     partials = row_scale = None
     if g is not None:
@@ -278,8 +282,8 @@ def coefficient_grads(
     if a is not None:
         row_scale = torch.empty(num_tokens, dtype=torch.float32, device=p.device)
     if num_tokens:
-        p = rows(p)
-        c_mat = None if g is None else matrix(c_mat)
+        p = coordinates(p)
+        c_mat = None if g is None else matrix(factor_operand(c_mat, 0, precision))
         with on_device(p.device):
             coefficient_grads_kernel[(blocks,)](
                 g,

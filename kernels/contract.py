@@ -15,6 +15,8 @@ The columns stand in PARTS accumulators so that what follows the loop needs regi
 import triton
 import triton.language as tl
 
+from .tf32 import as_operand
+
 
 @triton.jit
 def contract(
@@ -63,6 +65,7 @@ def contract(
                 x, y_ptrs, accs, d < dim - start, r, rank, stride_yr, EVEN_D, PRECISION, BLOCK_R, PARTS
             )
             if NORM:
+                x = as_operand(x, PRECISION)
                 gram = tl.dot(x, tl.trans(x), gram, input_precision=PRECISION)
             x_ptrs += BLOCK_D
             y_ptrs += BLOCK_D * stride_yd
@@ -87,6 +90,7 @@ def _add_product(
     PARTS: tl.constexpr,
 ):
     """accs + x Y for one step along d."""
+    x = as_operand(x, PRECISION)
     sums = ()
     for part in tl.static_range(PARTS):
         r_ok = (r + part * BLOCK_R < rank)[None, :]

@@ -25,14 +25,16 @@ from .launch import (
     Launch,
     check,
     check_dtype,
+    coordinates,
     current_target,
-    expand_choice,
     is_aligned,
     matrix,
     on_device,
     rows,
     vector,
 )
+from .tf32 import as_operand, factor_operand
+from .tuned import choose
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -84,6 +86,7 @@ def expand_kernel(
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + r, mask=r_ok, other=0.0)
             x = (x.to(tl.float32) * scale[None, :]).to(m_ptr.dtype.element_ty)
+        x = as_operand(x, PRECISION)
 
     for i in tl.range(0, TILES, num_stages=STAGES):
         shift = i * BLOCK_D
@@ -101,6 +104,7 @@ def expand_kernel(
                 if scale_ptr is not None:
                     scale = tl.load(scale_ptr + r0 + r, mask=r_ok, other=0.0)
                     x = (x.to(tl.float32) * scale[None, :]).to(m_ptr.dtype.element_ty)
+                x = as_operand(x, PRECISION)
                 m_mask = r_ok[:, None] if EVEN_D else r_ok[:, None] & d_ok[None, :]
                 m = tl.load(m_ptrs + shift * stride_md + r0 * stride_mr, mask=m_mask, other=0.0)
                 acc = tl.dot(x, m, acc, input_precision=PRECISION)
@@ -137,6 +141,8 @@ def expand(
         row_scale, z: (N,) and (N, d), both or neither.
         out: (N, d) with unit stride along d; made if None.
         accumulate: add to what out holds.
+        precision: "ieee" or "tf32", for float32 inputs.
+        choice: a launch choice other than the default one.
     """
     check_dtype("x", x)
     check("x", x, (None, None))
@@ -163,9 +169,9 @@ def expand(
         target = current_target(x.device)
         bare = z is None and bias is None and not accumulate
         step = "low_rank_output" if bare else "input_gradient"
-        choice = expand_choice(rank, x.dtype, target, step=step, aligned=is_aligned(out))
+        choice = choose(step, rank, x.dtype, target, aligned=is_aligned(out), precision=precision)
     if num_tokens and dim:
-        x, m = rows(x), matrix(m)
+        x, m = coordinates(x), matrix(factor_operand(m, 0, precision))
         z = None if z is None else rows(z)
         span = choice.block_d * choice.tiles
         with on_device(x.device):

@@ -16,7 +16,9 @@ Why the numbers are what they are (P = Z Q^T over N tokens, d features, rank R, 
    diagonal would not leave registers for two programs, so that choice prefetches too.
  - ``parts``: H of 128 columns in one accumulator would make the arithmetic after the loop spill.
  - ``maxnreg`` = 128 at 8 warps is what two programs per multiprocessor leave (65536 / 512 threads).
- - float32 products run on the ordinary arithmetic units, so they take small tiles.
+ - float32 products run on the ordinary arithmetic units, so they take small tiles. In tf32 (``tf32``) they
+   run on the matrix units of NVIDIA's devices; the tiles hold as many bytes as the 2-byte ones of 64 rows,
+   and Z is squared in registers: the diagonal would have its factors rounded.
 """
 
 import os
@@ -29,6 +31,7 @@ from torch import Tensor
 
 MAX_RANK = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PRECISIONS = ("ieee", "tf32")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 RANK_BINS = (32, 64, 128, 256, 512)
 
@@ -92,16 +95,36 @@ def family(target: str) -> str:
     return _FAMILIES.get(target, "other")
 
 
+def has_tf32(target: str) -> bool:
+    return family(target) in _NVIDIA
+
+
+def _runs_in_tf32(dtype: torch.dtype, precision: str, target: str) -> bool:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(map(repr, PRECISIONS))}")
+    return dtype == torch.float32 and precision == "tf32" and has_tf32(target)
+
+
 def project_choice(
-    rank: int, dtype: torch.dtype, target: str, *, ratio: bool = True, aligned: bool = True
+    rank: int,
+    dtype: torch.dtype,
+    target: str,
+    *,
+    ratio: bool = True,
+    aligned: bool = True,
+    precision: str = "ieee",
 ) -> Launch:
     """Choice for ``project`` (``ratio``: with norms and ratios) and, without, for ``coefficient_grads``,
-    which walks its wide operand in the same way. ``aligned``: see ``is_aligned``."""
+    which walks its wide operand in the same way. ``aligned``: see ``is_aligned``. ``precision``: "ieee" or
+    "tf32", for float32."""
     r, f = rank_bin(rank), family(target)
-    if dtype == torch.float32:
+    tf32 = _runs_in_tf32(dtype, precision, target)
+    if dtype == torch.float32 and not tf32:
         return _project_float32(r, target, ratio)
     if f == "other" or not aligned:
         return Launch(32, 32, min(r, 32), 4 if r <= 128 else 8, 2, prefetch=ratio, parts=r // min(r, 32))
+    if tf32:
+        return _project_tf32(r, f, ratio)
     if f in ("hopper", "blackwell"):
         if r <= 64:
             return Launch(128, 64, r, 8, 3, maxnreg=128)
@@ -136,18 +159,43 @@ def _project_float32(r: int, target: str, ratio: bool) -> Launch:
     return Launch(16, 16, r // 2, 4, 2, prefetch=ratio, parts=2)
 
 
+def _project_tf32(r: int, f: str, ratio: bool) -> Launch:
+    if r == 32:
+        return Launch(64, 32, 32, 4, 2, prefetch=ratio)
+    if r == 64:
+        # Three programs' worth of registers; by itself ptxas makes do with fewer and spills.
+        return Launch(64, 32, 64, 4, 3, prefetch=ratio, maxnreg=168)
+    if r == 128 and f in ("hopper", "blackwell"):
+        return Launch(64, 32, 64, 8, 2, prefetch=ratio, parts=2)
+    if r == 128:
+        return Launch(32, 32, 128, 4, 2, prefetch=ratio)
+    block_r = 128 if ratio else 64
+    return Launch(32, 32, block_r, 8, 2, prefetch=ratio, parts=r // block_r)
+
+
 def expand_choice(
-    rank: int, dtype: torch.dtype, target: str, *, step: str = "input_gradient", aligned: bool = True
+    rank: int,
+    dtype: torch.dtype,
+    target: str,
+    *,
+    step: str = "input_gradient",
+    aligned: bool = True,
+    precision: str = "ieee",
 ) -> Launch:
     """Choice for ``expand`` as "input_gradient" or "low_rank_output" (which adds nothing to the product),
     and for "ratio_backward". A program keeps at most 128 columns; larger ranks go in steps of block_r."""
     r, f = rank_bin(rank), family(target)
-    if dtype == torch.float32:
+    tf32 = _runs_in_tf32(dtype, precision, target)
+    if dtype == torch.float32 and not tf32:
         if f == "cdna":
             return Launch(32, 64, 32, 4, 1 if target == "gfx950" else 2, tiles=4)
         return Launch(32, 64, 32 if r == 32 else 16, 4, 2, tiles=4)
     if f == "other" or not aligned:
         return Launch(32, 32, min(r, 128), 4, 2, tiles=8)
+    if tf32:
+        # Where the rank takes several steps, the ordinary matrix units leave registers for 32 columns each.
+        several = 64 if f in ("hopper", "blackwell") else 32
+        return Launch(64, 32, r if r <= 64 else several, 4, 2, tiles=8)
     if f == "hopper" and r == 128 and step == "low_rank_output":
         return Launch(256, 32, 128, 8, 2, tiles=16, maxnreg=128)
     if f == "ampere" and r == 128 and step == "ratio_backward":
@@ -219,6 +267,16 @@ def is_aligned(tensor: Tensor) -> bool:
     everywhere; without them every number is an access of its own, and large tiles would not fit in registers.
     (Ranks have no such say: pad a stack with zero rows of segment -1 to ``padded_rank`` for full speed.)"""
     return tensor.shape[1] % 16 == 0 and tensor.stride(0) % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def coordinates(tensor: Tensor) -> Tensor:
+    """``rows`` for P and dP, which may be columns of a wider stack: a copy also where one brings back the
+    16-byte accesses that the stack's row stride or the first column has cost. It is narrow, and read more
+    than once."""
+    tensor = rows(tensor)
+    if tensor.shape[1] % 16 or is_aligned(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def padded_rank(rank: int) -> int:

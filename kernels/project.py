@@ -26,11 +26,12 @@ from .launch import (
     is_aligned,
     matrix,
     on_device,
-    project_choice,
     rows,
     vector,
 )
 from .ratio_terms import omega_of
+from .tf32 import factor_operand
+from .tuned import choose
 
 
 class Projection(NamedTuple):
@@ -212,10 +213,11 @@ def project(
     num_tokens, dim = z.shape
     check("q", q, (None, dim), z)
     rank = q.shape[0]
-    z, q = rows(z), matrix(q)
+    z, q = rows(z), matrix(factor_operand(q, 1, precision))
     if choice is None:
         target = current_target(z.device)
-        choice = project_choice(rank, z.dtype, target, ratio=ratio, aligned=is_aligned(z))
+        step = "project" if ratio else "low_rank_input"
+        choice = choose(step, rank, z.dtype, target, aligned=is_aligned(z), precision=precision)
     if not ratio and not want_p:
         raise ValueError("nothing to compute: both ratio and want_p are False")
     if num_segments % siblings or (siblings > 1 and task is None):

@@ -19,8 +19,8 @@ from .launch import (
     check,
     check_dtype,
     check_per_token,
+    coordinates,
     current_target,
-    expand_choice,
     is_aligned,
     matrix,
     on_device,
@@ -28,6 +28,8 @@ from .launch import (
     vector,
 )
 from .ratio_terms import load_scales
+from .tf32 import as_operand, factor_operand
+from .tuned import choose
 
 
 @triton.jit(do_not_specialize=["num_tokens", "task_id"])
@@ -104,6 +106,7 @@ def ratio_backward_kernel(
             mine = (segment == k)[None, :]
             x = tl.where(mine, (p.to(tl.float32) * (-t * below)[:, None]).to(x.dtype), x)
 
+    x = as_operand(x, PRECISION)
     z_ptrs = z_ptr + first * stride_zn + n[:, None] * stride_zn + d[None, :]
     q_ptrs = q_ptr + r[:, None].to(tl.int64) * stride_qr + d[None, :].to(tl.int64) * stride_qd
     dz_ptrs = dz_ptr + first * stride_dzn + n[:, None] * stride_dzn + d[None, :]
@@ -143,6 +146,8 @@ def ratio_backward(
         p, norm2, omega: as ``project`` returned them.
         grad_omega: dL/domega, shaped like omega.
         out: (N, d) with unit stride along d; made if None.
+        precision: "ieee" or "tf32", for float32 inputs.
+        choice: a launch choice other than the default one.
 
     Above the ranks that one program keeps (128), -t P is written by ``coefficient_grads`` and expanded in a
     second launch: 2 N R more values of traffic beside the 2 N d.
@@ -174,7 +179,8 @@ def ratio_backward(
     z = rows(z)
     if choice is None:
         target = current_target(z.device)
-        choice = expand_choice(rank, z.dtype, target, step="ratio_backward", aligned=is_aligned(z))
+        aligned = is_aligned(z)
+        choice = choose("ratio_backward", rank, z.dtype, target, aligned=aligned, precision=precision)
     if rank > choice.block_r:
         x = coefficient_grads(
             None,
@@ -191,7 +197,7 @@ def ratio_backward(
             clamp=clamp,
         )
         return input_gradient(x.dp, q, row_scale=x.row_scale, z=z, out=dz, precision=precision)
-    q, p = matrix(q), rows(p)
+    q, p = matrix(factor_operand(q, 0, precision)), coordinates(p)
     span = choice.block_d * choice.tiles
     with on_device(z.device):
         ratio_backward_kernel[(triton.cdiv(num_tokens, choice.block_n), triton.cdiv(dim, span))](

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from .packing import Passes, backbone, check_positions, forward_options, positio
 from .parameters import NSCParameters
 from .processes import Processes
 from .sharding import check_sharding, gathered, is_sharded, with_idle_passes
+from .siblings import Siblings, share
 from .targets import routed, select_targets
 
 __all__ = [
@@ -79,6 +80,7 @@ class Driver:
     _options: dict[str, Any] = field(init=False)
     _expected: dict[frozenset[str], tuple[str, int]] = field(default_factory=dict)
     _kind: frozenset[str] = frozenset()
+    _siblings: list[Siblings] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._runner = backbone(self.model, self.installation.monitor.targets)
@@ -124,6 +126,8 @@ class Driver:
             if self.agree is not None:
                 passes = with_idle_passes(passes, len(monitor.tasks), self.agree)
             for inputs, tokens in passes:
+                if self.agree is None and frozenset(inputs) not in self._expected:
+                    self.look(inputs, tokens)
                 loss = self.forward(inputs, tokens)
                 present = {monitor.tasks[k] for k in tokens.task.unique().tolist()}
                 for task, value in monitor.task_means().items():
@@ -132,6 +136,8 @@ class Driver:
                 total += self._backward(loss)
         finally:
             monitor.clear()
+            for group in self._siblings:
+                group.forget()
         if self.levels:
             share = zip(monitor.tasks, monitor.preferences, strict=True)
             total = sum(pi * ratios.get(t, 0.0) for t, pi in share)
@@ -172,21 +178,31 @@ class Driver:
     def forward(self, inputs: dict[str, Tensor], tokens: TokenBatch) -> Tensor | None:
         """One pass; returns its part of the loss. The monitor stays active until it is cleared."""
         monitor = self.installation.monitor
+        self._kind = frozenset(inputs)
         monitor.begin(tokens)
-        self._run(inputs)
+        with suppress(EndOfPass):
+            self._runner(**inputs, **self._options)
         monitor.end()
         return monitor.loss
 
-    def _run(self, inputs: dict[str, Tensor]) -> None:
+    def look(self, inputs: dict[str, Tensor], tokens: TokenBatch) -> None:
+        """A pass without gradients to the end of the model, before the first with such inputs.
+
+        It shows which call of a target module is the last (text alone does not reach a vision tower, and
+        shared layers run more than once) and which layers receive the same activations. All passes that
+        count are then computed in the same way, those after a resumption too.
+        """
+
+        def run() -> None:
+            with suppress(EndOfPass):
+                self._runner(**inputs, **self._options)
+
         monitor = self.installation.monitor
+        monitor.begin(tokens)
         self._kind, monitor.latest = frozenset(inputs), ""
-        try:
-            self._runner(**inputs, **self._options)
-        except EndOfPass:
-            return
-        # The first pass with these inputs runs to the end and shows which call is the last: text alone does
-        # not reach a vision tower, and shared layers run more than once.
+        self._siblings += share(self.model, run)
         self._expected[self._kind] = monitor.latest, monitor.calls(monitor.latest)
+        monitor.clear()
 
     def _backward(self, loss: Tensor | None) -> float:
         if loss is None:

@@ -127,8 +127,6 @@ class FakeMerge:
     ) -> Footprint:
         """Counts for ``rows`` sequences of ``length`` tokens.
 
-        The first pass of a run, which goes to the end of the model, is the largest: this one.
-
         Args:
             masked: with a mask of padding, of which most kinds of attention make ``rows x length x length``.
 
@@ -153,13 +151,17 @@ class FakeMerge:
 
     def _run(self, inputs: dict[str, Tensor], recompute: Recompute) -> Footprint:
         model = self._model
-        installation = install(model, self._adapters(), targets=self._targets, on_recorded=lambda: None)
+        driver: Driver | None = None
+        installation = install(
+            model, self._adapters(), targets=self._targets, on_recorded=lambda: driver.count()
+        )
         driver = Driver(model, installation)
         blocks = blocks_of(model, installation.modules)
         grown: dict[str, int] = {}
         sizes: dict[str, int] = {}
         # A task for each token: spreading those of the rows has no fake counterpart.
         tasks = torch.zeros_like(inputs["input_ids"])
+        driver.look(inputs, TokenBatch(tasks))
         fixed = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters()]
         with ExitStack() as stack:
             stack.enter_context(checkpointed(model, installation.modules, recompute))

@@ -17,7 +17,6 @@ from .coefficients import Coefficients, Granularity
 from .dense import bind, release
 from .factors import LowRankUpdate, Stack, stack
 from .monitor import RatioMonitor
-from .reference import CLAMP
 
 __all__ = [
     "Installation",
@@ -104,6 +103,7 @@ class MergedLinear(AroundLayer):
         self.name = name
         self.impl = impl
         self.monitor = monitor
+        self.siblings: Callable[[MergedLinear, Tensor], ops.Merged] | None = None
         self._coefficients = coefficients
         self._on_recorded = on_recorded
         # The plain layers, whose product can accumulate onto ours. Anything else (quantised, hooked, ...) is
@@ -111,22 +111,34 @@ class MergedLinear(AroundLayer):
         self._plain = (type(base) is nn.Linear or type(base).__name__ == "Conv1D") and not _wrapped(weight)
 
     def forward(self, z: Tensor) -> Tensor:
-        task = None
-        if self.monitor is not None and self.monitor.active:
-            task = self.monitor.own_segment(self.name, z)
-        factors = (self.basis, self.columns, self.segment, self._coefficients().to(z.device))
-        kind = {"num_tasks": len(self.tasks), "task": task, "clamp": CLAMP, "impl": self.impl}
-        if self._plain and not _hooked(self.base):
-            weight = self.base.weight
-            weight = weight if type(self.base) is nn.Linear else weight.t()
-            y, omega, p = ops.merged_linear(z, weight, self.base.bias, *factors, **kind)
-        else:
-            y, omega, p = ops.low_rank_update(self.base(z), z, *factors, **kind)
-        if omega is not None:
-            self.monitor.record(self.name, z, omega, p)
+        together = self.siblings is not None and not torch.compiler.is_compiling()
+        merged = self.siblings(self, z) if together else self._alone(z)
+        if self.measures and merged.omega is not None:
+            self.monitor.record(self.name, z, merged.omega, merged.p)
             if self._on_recorded is not None and self.monitor.recording:
                 self._on_recorded()
-        return y
+        return merged.y
+
+    @property
+    def measures(self) -> bool:
+        """Whether the null-space ratio is wanted here and now."""
+        return self.monitor is not None and self.monitor.active
+
+    def own_segment(self, z: Tensor) -> Tensor | None:
+        """``(N,)`` int32, position of each token's task in the stack; None where no ratio is wanted."""
+        return self.monitor.own_segment(self.name, z) if self.measures else None
+
+    def factors(self, z: Tensor) -> ops.Sibling:
+        """What the operation needs beside the basis."""
+        own = self.columns, self.segment, self._coefficients().to(z.device)
+        if self._plain and not _hooked(self.base):
+            weight = self.base.weight
+            return ops.Sibling(*own, weight if type(self.base) is nn.Linear else weight.t(), self.base.bias)
+        return ops.Sibling(*own, y=self.base(z))
+
+    def _alone(self, z: Tensor) -> ops.Merged:
+        how = {"num_tasks": len(self.tasks), "task": self.own_segment(z), "impl": self.impl}
+        return ops.merged_siblings(z, self.basis, self.segment, (self.factors(z),), **how)[0]
 
     def extra_repr(self) -> str:
         return f"tasks={list(self.tasks)}, rank={self.basis.shape[0]}, impl={self.impl!r}"

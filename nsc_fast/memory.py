@@ -96,21 +96,23 @@ def checkpointed(
 def _recomputing(forward: Callable[..., Any], offload: bool) -> Callable[..., Any]:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        ended: list[EndOfPass] = []
+        ended = False
 
         def inside(*args: Any, **kwargs: Any) -> Any:
             # A checkpoint that an exception leaves counts as unfinished, and its second run as a mismatch.
+            # The exception is not kept: all activations of the frames that it went through hang on it.
+            nonlocal ended
             try:
                 return forward(*args, **kwargs)
-            except EndOfPass as end:
-                ended.append(end)
+            except EndOfPass:
+                ended = True
                 return None
 
         with _inputs_on_host(args) if offload else nullcontext():
             # Evaluation mode draws no random numbers whose state would have to be kept.
             out = checkpoint(inside, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         if ended:
-            raise ended[0]
+            raise EndOfPass
         return out
 
     return run

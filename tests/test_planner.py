@@ -48,22 +48,23 @@ def names_of(model):
 
 
 def measured(recompute, rows, length, masked=True):
-    """Bytes kept and at the peak of one pass on real tensors, first pass of a run."""
+    """Bytes kept and at the peak of one pass on real tensors."""
     from tiny import canonical_adapters, random_adapters
 
     from nsc_fast.driver import Driver
 
-    model = small_llama()
+    model, holder = small_llama(), [None]
     names = names_of(model)
     raw = random_adapters(model, names, {f"t{k}": RANK for k in range(TASKS)})
     installation = install(
-        model, canonical_adapters(raw), targets=select_targets(names), on_recorded=lambda: None
+        model, canonical_adapters(raw), targets=select_targets(names), on_recorded=lambda: holder[0].count()
     )
-    driver = Driver(model, installation)
+    driver = holder[0] = Driver(model, installation)
     batch = token_batch(rows, length, seed=0, padding=1)
     if not masked:
         del batch["attention_mask"]
     tasks = torch.zeros(rows, length, dtype=torch.int64)
+    driver.look(batch, TokenBatch(tasks))
     fixed = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters(), tasks]
     with checkpointed(model, installation.modules, recompute):
         with LiveBytes().ignore([*fixed, *batch.values()]) as live:

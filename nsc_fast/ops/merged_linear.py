@@ -1,4 +1,4 @@
-"""A linear layer merged with K adapters, without the merged weight.
+"""Linear layers merged with K adapters, without the merged weights.
 
     P = Z Q^T,    Y = Z W0^T + bias + (P * c) C^T,    omega_n = sqrt(1 - ||P_n[own block]||^2 / ||z_n||^2)
 
@@ -10,13 +10,16 @@ over the stacked columns, and the ratio of each token is that of its own task. B
 
 The projection P may enter a loss as well; its gradient is one more term of dP.
 
+Siblings are layers that receive the same Z (queries, keys and values; gate and up). Their Q are stacked once
+more: one read of Z projects it for all, and all their products accumulate onto one dZ.
+
 No ``d_out x d_in`` gradient or update exists. What is kept for the backward: P, and two scalars a token and
 a reference to Z where the ratio is wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +27,10 @@ from torch import Tensor
 
 from ..reference import CLAMP
 from . import dispatch
-from .torch_steps import compute_dtype, dense_rows
+from .merged_steps import Sibling, backward, forward, gradients, save, unflatten
+from .torch_steps import compute_dtype
 
-__all__ = ["Merged", "low_rank_update", "merged_linear"]
+__all__ = ["Merged", "Sibling", "low_rank_update", "merged_linear", "merged_siblings"]
 
 
 class Merged(NamedTuple):
@@ -63,12 +67,8 @@ def merged_linear(
 
     Args:
         z: ``(..., d_in)``; differentiable.
-        weight: W0, ``(d_out, d_in)``, frozen; a transposed view is fine (GPT-2's Conv1D).
-        bias: ``(d_out,)`` or None, frozen.
+        weight, bias, columns, segment, coefficients: see :class:`Sibling`.
         basis: Q, ``(R, d_in)``, orthonormal rows within a task.
-        columns: C, ``(d_out, R)``.
-        segment: ``(R,)`` int32, index of the task of each stacked column.
-        coefficients: ``(K,)`` per task or ``(R,)`` per singular direction; differentiable.
         num_tasks: K.
         task: ``(N,)`` int32, segment of each token's own task, -1 for none; None: no ratio is formed.
         clamp: see :func:`nsc_fast.ops.null_space_ratio`.
@@ -77,11 +77,9 @@ def merged_linear(
     Returns:
         y, omega (None without ``task``) and the projection, all differentiable; see :class:`Merged`.
     """
-    if torch.is_autocast_enabled(z.device.type):
-        dtype = torch.get_autocast_dtype(z.device.type)
-        z, weight = z.to(dtype), weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
-    return _call(z, None, weight, bias, basis, columns, segment, coefficients, num_tasks, task, clamp, impl)
+    layer = Sibling(columns, segment, coefficients, weight, bias)
+    how = {"num_tasks": num_tasks, "task": task, "clamp": clamp, "impl": impl}
+    return merged_siblings(z, basis, segment, (layer,), **how)[0]
 
 
 def low_rank_update(
@@ -101,76 +99,126 @@ def low_rank_update(
 
     Arguments and results as in :func:`merged_linear`; differentiable in ``y`` as well.
     """
-    return _call(
-        z.to(y.dtype), y, None, None, basis, columns, segment, coefficients, num_tasks, task, clamp, impl
-    )
+    layer = Sibling(columns, segment, coefficients, y=y)
+    how = {"num_tasks": num_tasks, "task": task, "clamp": clamp, "impl": impl}
+    return merged_siblings(z, basis, segment, (layer,), **how)[0]
 
 
-def _call(
+def merged_siblings(
     z: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     basis: Tensor,
-    columns: Tensor,
     segment: Tensor,
-    coefficients: Tensor,
+    layers: Sequence[Sibling],
+    *,
     num_tasks: int,
-    task: Tensor | None,
-    clamp: float,
-    impl: str,
-) -> Merged:
-    flat = z.reshape(-1, z.shape[-1])
-    flat_y = None if y is None else y.reshape(-1, y.shape[-1])
-    impl = dispatch.resolve(impl, z.device, z.dtype, basis.shape[0])
-    run = _op if torch.compiler.is_compiling() else _MergedLinear.apply
-    out, omega, p, _ = run(
-        flat, flat_y, weight, bias, basis, columns, segment, coefficients, num_tasks, task, clamp, impl
-    )
-    return Merged(out.view(*z.shape[:-1], columns.shape[0]), None if task is None else omega, p)
+    task: Tensor | None = None,
+    clamp: float = CLAMP,
+    impl: str = "auto",
+) -> list[Merged]:
+    """:func:`merged_linear` or :func:`low_rank_update` for S layers that receive the same ``z``.
+
+    Args:
+        z: ``(..., d_in)``; differentiable.
+        basis: the Q of all layers, one below the other, ``(R_1 + ... + R_S, d_in)``.
+        segment: ``s * K + k`` for each row of the basis, int32: layer s, task k.
+        layers: the rest of each.
+        num_tasks: K, the same tasks in the same order at all layers.
+        task: ``(N,)`` int32 as in :func:`merged_linear`, for all layers; None: no ratios are formed.
+        clamp, impl: as in :func:`merged_linear`.
+    """
+    kind, layers = z.device.type, list(layers)
+    given = next((one.y for one in layers if one.y is not None), None)
+    if any(one.weight is not None for one in layers) and torch.is_autocast_enabled(kind):
+        z = z.to(torch.get_autocast_dtype(kind))
+        layers = [one if one.weight is None else _rounded(one, z.dtype) for one in layers]
+    elif given is not None:
+        z = z.to(given.dtype)
+    leading, z = z.shape[:-1], z.reshape(-1, z.shape[-1])
+    layers = [one if one.y is None else one._replace(y=one.y.reshape(-1, one.y.shape[-1])) for one in layers]
+    how = num_tasks, task, clamp, dispatch.resolve(impl, z.device, z.dtype, basis.shape[0])
+    ranks = [one.columns.shape[1] for one in layers]
+    if torch.compiler.is_compiling():
+        bases = basis.split(ranks)
+        done = [_op(z, q, *one, *how) for q, one in zip(bases, layers, strict=True)]
+        parts = [(y, omega, p) for y, omega, p, _ in done]
+    else:
+        flat = [tensor for one in layers for tensor in one]
+        *ys, omega, p, _ = _MergedLinear.apply(z, basis, segment, *how, *flat)
+        omegas = omega.unbind(1) if omega.ndim == 2 else (omega,) * len(layers)
+        parts = zip(ys, omegas, p.split(ranks, dim=1) if len(layers) > 1 else (p,), strict=True)
+    return [
+        Merged(y.view(*leading, y.shape[-1]), None if task is None else omega, p) for y, omega, p in parts
+    ]
 
 
-def _forward(
+def _rounded(layer: Sibling, dtype: torch.dtype) -> Sibling:
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return layer._replace(weight=layer.weight.to(dtype), bias=bias)
+
+
+class _MergedLinear(torch.autograd.Function):
+    """Eager mode: any number of siblings, without the dispatcher's toll."""
+
+    # One method instead of setup_context: torch inspects the signature anew on each call of the latter.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        q: Tensor,
+        segment: Tensor,
+        num_tasks: int,
+        task: Tensor | None,
+        clamp: float,
+        impl: str,
+        *flat: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        layers = unflatten(flat)
+        ys, omega, p, norm2 = forward(z, q, segment, layers, num_tasks, task, clamp, impl)
+        ctx.mark_non_differentiable(norm2)
+        save(ctx, z, q, layers, num_tasks, task, clamp, impl, omega, p, norm2)
+        return *ys, omega, p, norm2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *grad_ys, grad_omega, grad_p, _ = grads
+        dz, dys, dcoefs = gradients(ctx, grad_ys, grad_omega, grad_p, backward)
+        flat = [g for dy, dc in zip(dys, dcoefs, strict=True) for g in (None, None, dc, None, None, dy)]
+        return dz, None, None, None, None, None, None, *flat
+
+
+# For torch.compile: the same for one layer, as operations that the compiler knows.
+
+
+def _forward_one(
     z: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     q: Tensor,
     c: Tensor,
     segment: Tensor,
     coefficients: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
     num_tasks: int,
     task: Tensor | None,
     clamp: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y ``(N, d_out)``, omega ``(N,)``, P ``(N, R)``, norm2 ``(N,)``; empty where no ratio is wanted."""
-    steps = dispatch.steps(impl)
-    with torch.autocast(z.device.type, enabled=False):
-        projection = steps.project(
-            dense_rows(z), q, segment, num_tasks, task=task, clamp=clamp, ratio=task is not None
-        )
-        out = steps.low_rank_output(projection.p, c, _spread(coefficients, segment), bias=bias, dtype=z.dtype)
-        # The product with the frozen weight is the large one: it accumulates onto the small one.
-        if weight is not None:
-            out.addmm_(z, weight.t())
-        if y is not None:
-            out.add_(y)
-    if task is None:
-        return out, z.new_empty(0), projection.p, z.new_empty(0)
-    return out, projection.omega, projection.p, projection.norm2
+    layer = Sibling(c, segment, coefficients, weight, bias, y)
+    (out,), *rest = forward(z, q, segment, [layer], num_tasks, task, clamp, impl)
+    return out, *rest
 
 
-def _backward(
+def _backward_one(
     g: Tensor | None,
     grad_omega: Tensor | None,
     grad_p: Tensor | None,
     z: Tensor | None,
-    weight: Tensor | None,
     q: Tensor,
     c: Tensor,
     segment: Tensor,
     coefficients: Tensor,
+    weight: Tensor | None,
     num_tasks: int,
     task: Tensor | None,
     p: Tensor,
@@ -181,54 +229,18 @@ def _backward(
     want_dz: bool,
     want_dcoef: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dZ ``(N, d_in)`` and the coefficients' gradient; empty where not wanted."""
-    steps = dispatch.steps(impl)
-    with torch.autocast(p.device.type, enabled=False):
-        dp, dcoef, row_scale = steps.coefficient_grads(
-            g,
-            c,
-            p,
-            _spread(coefficients, segment),
-            segment,
-            num_tasks,
-            task=task,
-            a=grad_omega if task is not None and want_dz else None,
-            omega=omega,
-            norm2=norm2,
-            clamp=clamp,
-            per_segment=coefficients.shape != segment.shape,
-            want_dp=want_dz,
-            want_dcoef=want_dcoef,
-        )
-        if dcoef is None:
-            dcoef = coefficients.new_zeros(coefficients.shape if want_dcoef else 0)
-        if want_dz and grad_p is not None:
-            dp = grad_p.to(p.dtype) if dp is None else dp + grad_p
-        dtype = z.dtype if z is not None else (g.dtype if g is not None else p.dtype)
-        if not want_dz or dp is None:
-            empty = (p.shape[0] if want_dz else 0, q.shape[1])
-            return p.new_zeros(empty, dtype=dtype), dcoef.to(coefficients.dtype)
-        dz = steps.input_gradient(
-            dp, q, row_scale=row_scale, z=None if row_scale is None else dense_rows(z), dtype=dtype
-        )
-        if weight is not None and g is not None:
-            dz.addmm_(g.to(dtype), weight)
-    return dz, dcoef.to(coefficients.dtype)
+    layer = Sibling(c, segment, coefficients, weight)
+    state = [layer], num_tasks, task, p, omega, norm2, clamp, impl
+    dz, (dcoef,) = backward([g], grad_omega, grad_p, z, q, *state, want_dz, want_dcoef)
+    return dz, dcoef
 
 
-def _spread(coefficients: Tensor, segment: Tensor) -> Tensor:
-    """One coefficient a stacked column, ``(R,)``."""
-    if coefficients.shape == segment.shape:
-        return coefficients
-    return coefficients.index_select(0, segment)
-
-
-_op = torch.library.custom_op("nsc_fast::merged_linear", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("nsc_fast::merged_linear_backward", _backward, mutates_args=())
+_op = torch.library.custom_op("nsc_fast::merged_linear", _forward_one, mutates_args=())
+_backward_op = torch.library.custom_op("nsc_fast::merged_linear_backward", _backward_one, mutates_args=())
 
 
 @_op.register_fake
-def _(z, y, weight, bias, q, c, segment, coefficients, num_tasks, task, clamp, impl):
+def _(z, q, c, segment, coefficients, weight, bias, y, num_tasks, task, clamp, impl):
     n, wide = z.shape[0], compute_dtype(z.dtype)
     p_dtype = wide if impl == "torch" else z.dtype
     scalars = 0 if task is None else n
@@ -242,74 +254,29 @@ def _(z, y, weight, bias, q, c, segment, coefficients, num_tasks, task, clamp, i
 
 @_backward_op.register_fake
 def _(
-    g, grad_omega, grad_p, z, weight, q, c, segment, coefficients, num_tasks, task, p, omega, norm2, clamp,
+    g, grad_omega, grad_p, z, q, c, segment, coefficients, weight, num_tasks, task, p, omega, norm2, clamp,
     impl, want_dz, want_dcoef,
 ):  # fmt: skip
-    dtype = z.dtype if z is not None else (g.dtype if g is not None else p.dtype)
+    dtype = next((t.dtype for t in (z, g) if t is not None), p.dtype)
     return (
         p.new_empty((p.shape[0] if want_dz else 0, q.shape[1]), dtype=dtype),
         torch.empty_like(coefficients) if want_dcoef else coefficients.new_empty(0),
     )
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    z, y, weight, _, q, c, segment, coefficients, ctx.num_tasks, task, ctx.clamp, ctx.impl = inputs
-    _, omega, p, norm2 = output
-    ctx.set_materialize_grads(False)
-    ctx.want_dz, ctx.want_dy = z.requires_grad, y is not None and y.requires_grad
-    ctx.want_dcoef = coefficients.requires_grad
-    # Z is needed for the ratio's term alone.
-    kept = z if task is not None and ctx.want_dz else None
-    ctx.save_for_backward(kept, weight, q, c, segment, coefficients, task, p, omega, norm2)
+def _save_one(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    z, q, *layer, num_tasks, task, clamp, impl = inputs
+    save(ctx, z, q, [Sibling(*layer)], num_tasks, task, clamp, impl, *output[1:])
 
 
-def _grad(
-    ctx: Any,
-    g: Tensor | None,
-    grad_omega: Tensor | None,
-    grad_p: Tensor | None,
-    run: Callable[..., tuple[Tensor, Tensor]],
-) -> tuple[Tensor | None, ...]:
-    z, weight, q, c, segment, coefficients, task, p, omega, norm2 = ctx.saved_tensors
-    dz = dcoef = None
-    grads = (g, grad_omega, grad_p)
-    if any(grad is not None for grad in grads) and (ctx.want_dz or ctx.want_dcoef):
-        dz, dcoef = run(
-            *grads, z, weight, q, c, segment, coefficients, ctx.num_tasks, task, p, omega, norm2,
-            ctx.clamp, ctx.impl, ctx.want_dz, ctx.want_dcoef,
-        )  # fmt: skip
-    dy = g if ctx.want_dy else None
-    return (
-        dz if ctx.want_dz else None,
-        dy,
-        None,
-        None,
-        None,
-        None,
-        None,
-        dcoef if ctx.want_dcoef and g is not None else None,
-        None,
-        None,
-        None,
-        None,
-    )
+def _grad_one(ctx: Any, g: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def run(grad_ys, grad_omega, grad_p, z, q, layers, *state):
+        c, segment, coefficients, weight, _, _ = layers[0]
+        dz, dcoef = _backward_op(*grad_ys, grad_omega, grad_p, z, q, c, segment, coefficients, weight, *state)
+        return dz, [dcoef]
+
+    dz, (dy,), (dcoef,) = gradients(ctx, [g], *grads[:2], run)
+    return dz, None, None, None, dcoef, None, None, dy, None, None, None, None
 
 
-_op.register_autograd(lambda ctx, *grads: _grad(ctx, *grads[:3], _backward_op), setup_context=_save)
-
-
-class _MergedLinear(torch.autograd.Function):
-    """The same operation without the dispatcher's toll, for eager mode."""
-
-    # One method instead of setup_context: torch inspects the signature anew on each call of the latter.
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = _forward(*inputs)
-        ctx.mark_non_differentiable(output[3])
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _grad(ctx, *grads[:3], _backward)
+_op.register_autograd(_grad_one, setup_context=_save_one)

@@ -22,17 +22,16 @@ from ..reference import TINY
 # blocks: every product waits for all cores, and on a busy machine each wait is long.
 _BLOCK_BYTES = 64 << 20
 
-# A product with few columns (or few terms) is spread over the cores by rows, a tile each: splitting inside
-# the product is up to a third slower at ranks 16 to 64.
+# A product with few columns is spread over the cores by rows, a tile each: splitting inside the product is up
+# to a third slower at ranks 16 to 96. A product with few terms is not.
 _TILE_ROWS = 128
 
-# From this rank on, the product by tiles and one more pass for the other term is faster than an accumulating
-# product, which cannot be split into tiles without loss.
+# From this rank on, a product and one more pass for the other term are faster than an accumulating product.
 _WIDE_RANK = 64
 
 
 class Projection(NamedTuple):
-    """One pass over z: ``p (N, R)``, ``norm2 (N,)``, ``omega (N, G)``, or ``(N,)`` with task ids."""
+    """One pass over z: ``p (N, R)``, ``norm2 (N,)``, ``omega (N, G)``, or ``(N,)``/``(N, S)`` with tasks."""
 
     p: Tensor
     norm2: Tensor | None
@@ -61,6 +60,7 @@ def project(
     task: Tensor | None = None,
     clamp: float,
     ratio: bool = True,
+    siblings: int = 1,
 ) -> Projection:
     """``P = Z Q^T``, ``||z||^2`` and the null-space ratios, with one read of Z.
 
@@ -73,6 +73,7 @@ def project(
             ratios are formed.
         clamp: lower bound of the radicand.
         ratio: False forms P alone.
+        siblings: with task, number S of stacks that share z; segment ``s * G / S + k`` is task k of stack s.
     """
     wide = compute_dtype(z.dtype)
     qt = q.to(wide).t().contiguous()
@@ -82,15 +83,17 @@ def project(
         block = z[rows].to(wide)
         if norm2 is not None:
             torch.linalg.vector_norm(block, dim=1, out=norm2[rows])
-        _thin_mm(block, qt, p[rows])
+        _contract(block, qt, p[rows])
     if norm2 is None:
         return Projection(p, None, None)
     norm2.square_()
     if task is None:
         u = _inside(p, norm2, segment, num_segments)
     else:
-        own = p.masked_fill(segment != task[:, None], 0.0)
-        u = _inside(own, norm2, segment, 1).squeeze(1)
+        each = num_segments // siblings
+        own = p.masked_fill(segment % each != task[:, None], 0.0)
+        u = _inside(own, norm2, segment // each, siblings)
+        u = u.squeeze(1) if siblings == 1 else u
     return Projection(p, norm2, u.neg_().add_(1.0).clamp_(min=clamp).sqrt_())
 
 
@@ -136,12 +139,12 @@ def input_gradient(
     for rows in _blocks(out, wide):
         block = out[rows] if out.dtype == wide else torch.empty_like(out[rows], dtype=wide)
         if row_scale is None:
-            _thin_mm(dp[rows], q, block)
+            torch.mm(dp[rows], q, out=block)
         elif dp.shape[1] < _WIDE_RANK:
             torch.mul(z[rows].to(wide), row_scale[rows, None], out=block)
             block.addmm_(dp[rows], q)
         else:
-            _thin_mm(dp[rows], q, block)
+            torch.mm(dp[rows], q, out=block)
             torch.addcmul(block, z[rows].to(wide), row_scale[rows, None], out=block)
         if out.dtype != wide:
             out[rows] = block
@@ -160,23 +163,18 @@ def low_rank_output(
         bias: ``(d_out,)`` or None.
     """
     wide, rank = p.dtype, p.shape[1]
-    x, m = p, p.new_empty(rank + (bias is not None), c.shape[0])
-    torch.mul(c.t().to(wide), coef.to(wide)[:, None], out=m[:rank])
+    x, c = p.new_empty(p.shape[0], rank + (bias is not None)), c.to(wide)
+    torch.mul(p, coef.to(wide), out=x[:, :rank])
     if bias is not None:
         # The bias is one more term of the product: a column of ones beside P. Adding it by itself costs as
         # much as the product.
-        x = p.new_empty(p.shape[0], rank + 1)
-        x[:, :rank] = p
         x[:, rank] = 1.0
-        m[rank] = bias
-    out = p.new_empty(p.shape[0], c.shape[0], dtype=dtype)
+        c = torch.cat((c, bias.to(wide)[:, None]), 1)
     if dtype == wide:
-        _thin_mm(x, m, out)
-        return out
+        return torch.mm(x, c.t())
+    out = p.new_empty(p.shape[0], c.shape[0], dtype=dtype)
     for rows in _blocks(out, wide):
-        block = torch.empty_like(out[rows], dtype=wide)
-        _thin_mm(x[rows], m, block)
-        out[rows] = block
+        out[rows] = torch.mm(x[rows], c.t())
     return out
 
 
@@ -196,6 +194,7 @@ def coefficient_grads(
     per_segment: bool,
     want_dp: bool = True,
     want_dcoef: bool = True,
+    out: Tensor | None = None,
 ) -> CoefficientGrads:
     """``H = G C``; ``dcoef_j = sum_n P_nj H_nj``; ``dP = H * coef - [own segment] t P``; ``t u``.
 
@@ -207,27 +206,32 @@ def coefficient_grads(
         segment, num_segments, task, clamp: as in :func:`project`.
         a: ``(N,)`` gradient of the own ratio, or None; with ``omega`` and ``norm2`` of :func:`project`.
         per_segment: sum ``dcoef`` over the columns of each segment.
+        out: ``(N, R)`` that receives dP where there is one; rows may be strided.
     """
     wide = p.dtype
     dp = dcoef = row_scale = None
     if g is not None:
-        h = torch.empty_like(p)
+        h = p.new_empty(p.shape)
         columns = c.to(wide)
         for rows in _blocks(g, wide) if g.dtype != wide else (slice(None),):
-            _thin_mm(g[rows].to(wide), columns, h[rows])
+            _contract(g[rows].to(wide), columns, h[rows])
         if want_dcoef:
             dcoef = (p * h).sum(0)
             if per_segment:
                 # A product, so that the order of the sum is fixed on every device.
                 dcoef = _one_hot(segment, num_segments, wide).t() @ dcoef
         if want_dp:
-            dp = h.mul_(coef.to(wide))
+            # Written once where out is part of a wider matrix, which a product would not do well.
+            dp = torch.mul(h, coef.to(wide), out=h if out is None else out)
     if want_dp and a is not None:
         t = _slope(omega, norm2, a, clamp)
         own = p.masked_fill(segment != task[:, None], 0.0)
         row_scale = t * _inside(own, norm2, segment, 1).squeeze(1)
         term = own.mul_(t[:, None])
-        dp = term.neg_() if dp is None else dp.sub_(term)
+        if dp is not None:
+            dp.sub_(term)
+        else:
+            dp = term.neg_() if out is None else torch.neg(term, out=out)
     return CoefficientGrads(dp, dcoef, row_scale)
 
 
@@ -258,11 +262,11 @@ def _inside(p: Tensor, norm2: Tensor, segment: Tensor, num_segments: int) -> Ten
     return energy.div_(positive[:, None])
 
 
-def _thin_mm(x: Tensor, m: Tensor, out: Tensor) -> None:
-    """``out = x @ m`` for a product with a small inner or outer dimension."""
+def _contract(x: Tensor, m: Tensor, out: Tensor) -> None:
+    """``out = x @ m`` for a product with few columns."""
     x = dense_rows(x)
     tiles = x.shape[0] // _TILE_ROWS
-    if x.device.type != "cpu" or tiles < 2 or not (x.is_contiguous() and out.is_contiguous()):
+    if x.device.type != "cpu" or tiles < 2 or not out.is_contiguous():
         torch.mm(x, m, out=out)
         return
     whole = tiles * _TILE_ROWS

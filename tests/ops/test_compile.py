@@ -41,7 +41,7 @@ def test_the_merged_layer_is_a_sound_operator(case, base, task, per):
     y = torch.randn(6, 9, requires_grad=True) if base == "output" else None
     weight = None if base == "output" else case.weight
     bias = case.bias if base == "weight and bias" else None
-    args = (z, y, weight, bias, *case.factors, c, 3, case.task if task else None, 1e-6, "torch")
+    args = (z, *case.factors, c, weight, bias, y, 3, case.task if task else None, 1e-6, "torch")
     opcheck(OPS.merged_linear.default, args)
 
 

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from nsc_fast.kernels.launch import RANK_BINS, TARGETS, Launch, expand_choice, project_choice, rank_bin
+from nsc_fast.kernels.launch import (
+    RANK_BINS,
+    TARGETS,
+    Launch,
+    expand_choice,
+    has_tf32,
+    project_choice,
+    rank_bin,
+)
 
 from nsc_fast.kernels import launch
 
@@ -27,6 +35,37 @@ def test_every_rank_has_a_legal_choice(target, dtype):
             for made in (project_choice(rank, dtype, target), choice):
                 assert made.num_warps in (4, 8)
                 assert made.maxnreg is None or target.startswith("sm_")
+
+
+@pytest.mark.parametrize("target", KNOWN)
+def test_tf32_is_a_choice_of_its_own_where_the_device_has_it(target):
+    for rank in RANK_BINS:
+        for choose, how in (
+            (project_choice, {"ratio": True}),
+            (project_choice, {"ratio": False}),
+            (expand_choice, {"step": "input_gradient"}),
+            (expand_choice, {"step": "ratio_backward"}),
+        ):
+            ieee = choose(rank, torch.float32, target, **how)
+            tf32 = choose(rank, torch.float32, target, precision="tf32", **how)
+            # float32's small tiles serve the ordinary arithmetic units; AMD's have no tf32.
+            assert (tf32 != ieee) == has_tf32(target)
+            assert tf32.prefetch == (how == {"ratio": True}) or choose is expand_choice
+            half = choose(rank, torch.float16, target, **how)
+            assert choose(rank, torch.float16, target, precision="tf32", **how) == half
+    assert has_tf32(target) == (target.startswith("sm_") and target != "sm_75")
+    with pytest.raises(ValueError, match="precision is 'fp16'"):
+        project_choice(16, torch.float32, target, precision="fp16")
+
+
+def test_columns_of_a_stack_are_copied_where_that_brings_back_wide_accesses():
+    stack = torch.randn(8, 64)
+    assert launch.coordinates(stack[:, 16:48]).data_ptr() == stack[:, 16:48].data_ptr()
+    for lost in (stack[:, 3:19], torch.randn(8, 37)[:, :16]):
+        assert launch.is_aligned(launch.coordinates(lost)) and not launch.is_aligned(lost)
+        assert torch.equal(launch.coordinates(lost), lost)
+    odd = stack[:, 3:10]
+    assert launch.coordinates(odd).data_ptr() == odd.data_ptr()
 
 
 @pytest.mark.parametrize("target", KNOWN)

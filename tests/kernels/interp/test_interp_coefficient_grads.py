@@ -108,6 +108,25 @@ def test_sibling_columns_in_and_out_of_one_stack():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("first, rank, total", [(16, 32, 64), (5, 16, 37), (3, 7, 37)])
+def test_columns_of_a_wider_stack(first, rank, total, dtype):
+    """One sibling's P and dP within the stack of all, aligned or not, with its own ratio; the columns of the
+    others stay as they are."""
+    p, dp = torch.randn(40, total).to(dtype), torch.full((40, total), float("nan"), dtype=dtype)
+    at = slice(first, first + rank)
+    g, c_mat, coef = torch.randn(40, 48).to(dtype), torch.randn(48, rank).to(dtype), torch.randn(rank)
+    how = {"segment": segments([rank // 2, rank - rank // 2]), "clamp": CLAMP}
+    how |= {"task": torch.randint(-1, 2, (40,), dtype=torch.int32), "norm2": torch.rand(40) + 1}
+    how |= {"a": torch.randn(40), "omega": torch.rand(40) / 2 + 0.5}
+    got = coefficient_grads(g, c_mat, p[:, at], coef, num_segments=2, out=dp[:, at], **how)
+    want, dcoef, row_scale = oracle.coefficient_grads(g, c_mat, p[:, at], coef, segments=2, **how)
+    close("dp", dp[:, at], want, floor=1e-6)
+    close("dcoef", got.dcoef, dcoef, floor=2e-6)
+    close("row_scale", got.row_scale, row_scale, floor=1e-6)
+    assert dp[:, :first].isnan().all() and dp[:, first + rank :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 def test_strides(dtype):
     p, coef = torch.randn(50, 12).to(dtype), torch.randn(12)
     g = torch.randn(50, 2, 40).to(dtype)[:, 1]

@@ -46,6 +46,17 @@ def test_strides():
     close("copied", expand(x, torch.randn(24, 100)[::2, ::2] * 0 + m), oracle.expand(x, m), floor=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("first, rank, total", [(16, 32, 64), (5, 16, 37), (3, 7, 37), (130, 160, 300)])
+def test_columns_of_a_wider_stack(first, rank, total, dtype):
+    """P and dP of one sibling: columns of the (N, R) matrix of all, aligned or not."""
+    p = torch.randn(40, total).to(dtype)
+    mine = p[:, first : first + rank]
+    q, c_mat, coef = torch.randn(rank, 72).to(dtype), torch.randn(72, rank).to(dtype), torch.randn(rank)
+    close("dz", input_gradient(mine, q), oracle.expand(mine, q), floor=2e-6)
+    close("y", low_rank_output(mine, c_mat, coef), oracle.expand(mine, c_mat.T, coef), floor=SCALED[dtype])
+
+
 def test_a_poisoned_out_is_overwritten_and_never_read():
     x, m = torch.randn(30, 8), torch.randn(8, 50)
     out = expand(x, m, out=torch.full((30, 50), float("nan")))

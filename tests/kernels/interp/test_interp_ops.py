@@ -5,7 +5,7 @@ import torch
 
 from nsc_fast import reference
 from nsc_fast.factors import canonical, stack
-from nsc_fast.ops import merged_linear, null_space_ratio, selftest
+from nsc_fast.ops import Sibling, merged_linear, merged_siblings, null_space_ratio, selftest
 
 SHAPES = [(20, 40, 23, (5, 3)), (70, 33, 65, (16, 1, 2))]
 
@@ -44,6 +44,34 @@ def test_merged_linear_is_the_same_on_the_kernels_and_on_torch(shape, rankwise, 
         assert (got is None) == (expected is None)
         if got is not None:
             assert (got - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("targets", [(), (1,), (0, 1, 2)])
+def test_siblings_are_the_same_on_the_kernels_and_on_torch(targets):
+    problems = [problem(20, 40, width, ranks) for width, ranks in ((23, (5, 3)), (8, (2, 2)), (17, (1, 9)))]
+    z, task = problems[0][6], problems[0][5]
+    basis = torch.cat([p[2][0] for p in problems])
+    segment = torch.cat([p[2][2] + 2 * s for s, p in enumerate(problems)])
+    results = []
+    for impl in ("triton", "torch"):
+        z_ = z.clone().requires_grad_()
+        cs = [torch.tensor([0.3, -0.8], requires_grad=True) for _ in problems]
+        layers = [
+            Sibling(columns, own, c, weight, bias)
+            for (_, _, (_, columns, own), weight, bias, _, _), c in zip(problems, cs, strict=True)
+        ]
+        how = {"num_tasks": 2, "task": task if targets else None, "impl": impl}
+        done = merged_siblings(z_, basis, segment, layers, **how)
+        loss = sum((one.y * torch.arange(one.y.shape[1])).sum() for one in done[:2])
+        for s in targets:
+            loss = loss + (s + 1) * (done[s].omega * torch.linspace(0, 1, len(z))).sum()
+        loss.backward()
+        results.append(
+            [*(one.y for one in done), *(done[s].omega for s in targets), z_.grad, cs[0].grad, cs[1].grad]
+        )
+        assert cs[2].grad is None
+    for got, expected in zip(*results, strict=True):
+        assert (got - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -93,7 +121,7 @@ def test_the_self_test_notices_a_bad_kernel(monkeypatch, damage):
         return out * 1.2 if damage == "wrong" else torch.full_like(out, float("nan"))
 
     monkeypatch.setattr(triton_steps, "low_rank_output", bad)
-    selftest.run.cache_clear()
+    selftest._run.cache_clear()
     try:
         findings = selftest.run("cpu", None, "triton")
         failed = {f.operation for f in findings if not f.passed}
@@ -102,7 +130,7 @@ def test_the_self_test_notices_a_bad_kernel(monkeypatch, damage):
             assert any("no such instruction" in f.reason for f in findings)
         assert not selftest.passed(torch.device("cpu"))
     finally:
-        selftest.run.cache_clear()
+        selftest._run.cache_clear()
 
 
 def test_checkpointed_and_compiled_forms_agree():

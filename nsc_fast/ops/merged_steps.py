@@ -1,0 +1,208 @@
+"""The algebra of merged layers, forward and backward, on the fused steps of one implementation.
+
+See :mod:`nsc_fast.ops.merged_linear` for the formulas; here they are spelled out for S siblings, of which a
+single layer is the case S = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .torch_steps import dense_rows
+
+__all__ = ["Sibling", "backward", "forward", "gradients", "save", "unflatten"]
+
+
+class Sibling(NamedTuple):
+    """One merged layer, beside the basis that it shares with its siblings.
+
+    Attributes:
+        columns: C, ``(d_out, R)``.
+        segment: ``(R,)`` int32, index of the task of each stacked column.
+        coefficients: ``(K,)`` per task or ``(R,)`` per singular direction; differentiable.
+        weight: W0, ``(d_out, d_in)``, frozen; a transposed view is fine (GPT-2's Conv1D).
+        bias: ``(d_out,)``, frozen.
+        y: ``(..., d_out)`` output of a base layer of any kind, instead of the weight; differentiable.
+    """
+
+    columns: Tensor
+    segment: Tensor
+    coefficients: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    y: Tensor | None = None
+
+
+def forward(
+    z: Tensor,
+    q: Tensor,
+    segment: Tensor,
+    layers: Sequence[Sibling],
+    num_tasks: int,
+    task: Tensor | None,
+    clamp: float,
+    impl: str,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Y of each layer, omega ``(N,)`` or ``(N, S)``, P, norm2 ``(N,)``; empty where no ratio is wanted."""
+    steps, z = dispatch.steps(impl), dense_rows(z)
+    wanted = task is not None
+    ratio = {"task": task, "clamp": clamp, "ratio": wanted, "siblings": len(layers) if wanted else 1}
+    ys = []
+    with _exactly(z):
+        projection = steps.project(z, q, segment, num_tasks * len(layers), **ratio)
+        for layer, p in zip(layers, _columns(projection.p, layers), strict=True):
+            out = steps.low_rank_output(p, layer.columns, _spread(layer), bias=layer.bias, dtype=z.dtype)
+            # The product with the frozen weight is the large one: it accumulates onto the small one.
+            if layer.weight is not None:
+                out.addmm_(z, layer.weight.t())
+            if layer.y is not None:
+                out.add_(layer.y)
+            ys.append(out)
+    if task is None:
+        return ys, z.new_empty(0), projection.p, z.new_empty(0)
+    return ys, projection.omega, projection.p, projection.norm2
+
+
+def backward(
+    grad_ys: Sequence[Tensor | None],
+    grad_omega: Tensor | None,
+    grad_p: Tensor | None,
+    z: Tensor | None,
+    q: Tensor,
+    layers: Sequence[Sibling],
+    num_tasks: int,
+    task: Tensor | None,
+    p: Tensor,
+    omega: Tensor,
+    norm2: Tensor,
+    clamp: float,
+    impl: str,
+    want_dz: bool,
+    want_dcoef: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """dZ ``(N, d_in)`` and the gradients of the coefficients; empty where not wanted."""
+    steps, alone = dispatch.steps(impl), len(layers) == 1
+    a = grad_omega if task is not None and want_dz else None
+    dcoefs, row_scale, scaled = [], None, want_dz and grad_p is not None
+    dp = None if alone or not want_dz else torch.empty_like(p)
+    with _exactly(p):
+        for s, (layer, own_p) in enumerate(zip(layers, _columns(p, layers), strict=True)):
+            out = None if dp is None else _columns(dp, layers)[s]
+            own_dp, dcoef, own_scale = steps.coefficient_grads(
+                grad_ys[s],
+                layer.columns,
+                own_p,
+                _spread(layer),
+                layer.segment,
+                num_tasks,
+                task=task,
+                a=a if a is None or alone else a[:, s],
+                omega=omega if a is None or alone else omega[:, s],
+                norm2=norm2,
+                clamp=clamp,
+                per_segment=layer.coefficients.shape != layer.segment.shape,
+                want_dp=want_dz,
+                want_dcoef=want_dcoef,
+                out=out,
+            )
+            if dcoef is None:
+                dcoef = layer.coefficients.new_zeros(layer.coefficients.shape if want_dcoef else 0)
+            dcoefs.append(dcoef.to(layer.coefficients.dtype))
+            if own_scale is not None:
+                row_scale = own_scale if row_scale is None else row_scale.add_(own_scale)
+            if alone:
+                dp = own_dp
+            elif out is not None and own_dp is None:
+                out.zero_()
+            scaled = scaled or own_dp is not None
+        grads = [g for g in grad_ys if g is not None]
+        dtype = next((t.dtype for t in (z, *grads) if t is not None), p.dtype)
+        if not scaled:
+            return p.new_zeros((p.shape[0] if want_dz else 0, q.shape[1]), dtype=dtype), dcoefs
+        if grad_p is not None:
+            dp = grad_p.to(p.dtype) if dp is None else dp.add_(grad_p)
+        z = None if row_scale is None else dense_rows(z)
+        dz = steps.input_gradient(dp, q, row_scale=row_scale, z=z, dtype=dtype)
+        for layer, g in zip(layers, grad_ys, strict=True):
+            if layer.weight is not None and g is not None:
+                dz.addmm_(g.to(dtype), layer.weight)
+    return dz, dcoefs
+
+
+def _exactly(tensor: Tensor) -> AbstractContextManager:
+    """No autocast: what is rounded, and where, is decided here."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _columns(p: Tensor, layers: Sequence[Sibling]) -> Sequence[Tensor]:
+    """The part of each layer in ``(N, R_1 + ... + R_S)``."""
+    return (p,) if len(layers) == 1 else p.split([one.columns.shape[1] for one in layers], dim=1)
+
+
+def _spread(layer: Sibling) -> Tensor:
+    """One coefficient a stacked column, ``(R,)``."""
+    if layer.coefficients.shape == layer.segment.shape:
+        return layer.coefficients
+    return layer.coefficients.index_select(0, layer.segment)
+
+
+def unflatten(flat: Sequence[Tensor | None]) -> list[Sibling]:
+    size = len(Sibling._fields)
+    return [Sibling(*flat[i : i + size]) for i in range(0, len(flat), size)]
+
+
+def save(
+    ctx: Any,
+    z: Tensor,
+    q: Tensor,
+    layers: Sequence[Sibling],
+    num_tasks: int,
+    task: Tensor | None,
+    clamp: float,
+    impl: str,
+    omega: Tensor,
+    p: Tensor,
+    norm2: Tensor,
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.num_tasks, ctx.clamp, ctx.impl = num_tasks, clamp, impl
+    ctx.want_dz = z.requires_grad
+    ctx.want_dy = [one.y is not None and one.y.requires_grad for one in layers]
+    ctx.want_dcoef = [one.coefficients.requires_grad for one in layers]
+    # Z is needed for the ratio's term alone; the bias and the base layer's output not at all.
+    kept = z if task is not None and ctx.want_dz else None
+    flat = [tensor for one in layers for tensor in one._replace(bias=None, y=None)]
+    ctx.save_for_backward(kept, q, task, omega, p, norm2, *flat)
+
+
+def gradients(
+    ctx: Any,
+    grad_ys: Sequence[Tensor | None],
+    grad_omega: Tensor | None,
+    grad_p: Tensor | None,
+    run: Callable[..., tuple[Tensor, list[Tensor]]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Gradients of z, of the base layers' outputs and of the coefficients."""
+    z, q, task, omega, p, norm2, *flat = ctx.saved_tensors
+    layers = unflatten(flat)
+    dz, dcoefs = None, [None] * len(layers)
+    given = any(g is not None for g in (*grad_ys, grad_omega, grad_p))
+    if given and (ctx.want_dz or any(ctx.want_dcoef)):
+        wanted = ctx.want_dz, any(ctx.want_dcoef)
+        state = layers, ctx.num_tasks, task, p, omega, norm2, ctx.clamp, ctx.impl
+        dz, dcoefs = run(grad_ys, grad_omega, grad_p, z, q, *state, *wanted)
+    return (
+        dz if ctx.want_dz else None,
+        [g if wanted else None for g, wanted in zip(grad_ys, ctx.want_dy, strict=True)],
+        [
+            dc if wanted and g is not None else None
+            for dc, wanted, g in zip(dcoefs, ctx.want_dcoef, grad_ys, strict=True)
+        ],
+    )
