@@ -23,6 +23,7 @@ __all__ = [
     "MergedLinear",
     "features",
     "install",
+    "layer_device",
     "model_device",
     "remove",
     "stack_adapters",
@@ -92,7 +93,7 @@ class MergedLinear(AroundLayer):
         _check_fit(name, base, stacked)
         self.base = base.requires_grad_(False)
         weight = getattr(base, "weight", None)
-        device = None if weight is None else _device(base)
+        device = None if weight is None else layer_device(base)
         if dtype is None:
             wide = weight is not None and weight.dtype == torch.float64
             dtype = torch.float64 if wide else torch.float32
@@ -149,7 +150,7 @@ def _wrapped(weight: Tensor) -> bool:
     return hasattr(weight, "__tensor_flatten__")
 
 
-def _device(layer: nn.Module) -> torch.device:
+def layer_device(layer: nn.Module) -> torch.device:
     """Where a layer computes. Weights that wait elsewhere (accelerate) are on "meta"; their hook knows."""
     device = layer.weight.device
     if device.type == "meta" and hasattr(layer, "_hf_hook"):

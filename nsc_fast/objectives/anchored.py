@@ -187,7 +187,7 @@ def _kept(tokens: TokenBatch, found: Tensor, task: str) -> Tensor:
         raise MergeError(
             f"task {task!r}: the model's states have shape {tuple(found.shape)}, which does not fit the batch"
         ) from None
-    kept = weight > 0
+    kept = (weight > 0).cpu()
     if found.ndim < 3 or kept.numel() % found.shape[0]:
         return kept
     return kept.reshape(found.shape[0], -1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import LowRankUpdate, Stack, canonical
-from ..layers import AroundLayer, replace_module, stack_adapters
+from ..layers import AroundLayer, layer_device, model_device, replace_module, stack_adapters
 
 __all__ = ["CoreInstallation", "Cores", "install_cores", "remove_cores"]
 
@@ -74,7 +74,7 @@ class CoreLinear(AroundLayer):
         super().__init__()
         self.base = base
         weight = getattr(base, "weight", None)
-        device = core.device if weight is None else weight.device
+        device = core.device if weight is None else layer_device(base)
         self.register_buffer("basis", stacked.basis.to(device, core.dtype), persistent=False)
         self.register_buffer("columns", stacked.columns.to(device, core.dtype), persistent=False)
         # In a list: the parameter belongs to Cores.
@@ -102,7 +102,7 @@ def install_cores(
     stacks = stack_adapters(updates)
     sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
-    cores = Cores(stacks, init, wide).to(sample.device)
+    cores = Cores(stacks, init, wide).to(model_device(model))
     model.requires_grad_(False)
     for module, stacked in stacks.items():
         replace_module(model, module, CoreLinear(model.get_submodule(module), stacked, cores.of(module)))

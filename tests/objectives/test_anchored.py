@@ -252,3 +252,24 @@ class TestBadInput:
     def test_parameters(self):
         with pytest.raises(ValidationError):
             anchored.Parameters(preferences={"one": -1.0})
+
+
+def test_cores_around_layers_whose_weights_wait_elsewhere():
+    """Offloaded weights are on "meta" until their layer runs."""
+    accelerate = pytest.importorskip("accelerate")
+    job = Job("llama")
+    batch = token_batch(2, 6, seed=0)
+
+    def run(model):
+        installation = install_cores(model, job.updates, dict.fromkeys(RANKS, 0.4))
+        loss = model(**batch).logits.square().mean()
+        loss.backward()
+        grads = {m: installation.coefficients.of(m).grad for m in installation.modules}
+        remove_cores(model)
+        return loss.detach(), grads
+
+    loss, grads = run(job.model)
+    offloaded = accelerate.cpu_offload(job.model, execution_device=torch.device("cpu"))
+    got, others = run(offloaded)
+    assert error(got, loss) < 1e-12
+    assert all(error(others[m], grad) < 1e-12 for m, grad in grads.items())
