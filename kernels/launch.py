@@ -122,7 +122,8 @@ def project_choice(
     if dtype == torch.float32 and not tf32:
         return _project_float32(r, target, ratio)
     if f == "other" or not aligned:
-        return Launch(32, 32, min(r, 32), 4 if r <= 128 else 8, 2, prefetch=ratio, parts=r // min(r, 32))
+        warps, block_d = 4 if r <= 128 else 8, 16 if tf32 else 32
+        return Launch(32, block_d, min(r, 32), warps, 2, prefetch=ratio, parts=r // min(r, 32))
     if tf32:
         return _project_tf32(r, f, ratio)
     if f in ("hopper", "blackwell"):

@@ -11,7 +11,7 @@ or the register limit. It counts only after its results, on inputs of its own, a
 one that does not compile, does not fit or does not agree is passed over, and the reason is kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +28,8 @@ MARGIN = 0.03
 # sums, and one rounding of the result.
 AGREEMENT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SEGMENTS, CLAMP = 4, 1e-6
+# Characters kept of an error: some carry the whole program.
+REASON = 300
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,19 @@ class Tuning:
 def neighbours(plain: Launch) -> list[Launch]:
     """The choices that differ from ``plain`` in one size."""
     changes = [
-        {"num_warps": 12 - plain.num_warps},
         {"num_stages": plain.num_stages + 1},
         {"num_stages": plain.num_stages - 1},
-        {"block_n": plain.block_n * 2},
         {"block_n": plain.block_n // 2},
-        {"block_d": plain.block_d * 2},
         {"block_d": plain.block_d // 2},
         {"maxnreg": None},
     ]
+    if plain.maxnreg is None:
+        # Under a register limit, what needs more of them per thread spills or does not compile.
+        changes += [
+            {"num_warps": 12 - plain.num_warps},
+            {"block_n": plain.block_n * 2},
+            {"block_d": plain.block_d * 2},
+        ]
     found = [replace(plain, **change) for change in changes]
     return [choice for choice in found if choice != plain and is_neighbour(choice, plain)]
 
@@ -132,7 +138,7 @@ def _try(choice: Launch, plain: Launch, run: Callable, timer: Callable) -> Trial
         return Trial(choice, None, reason) if reason else Trial(choice, timer(lambda: run(choice)))
     # Compilers and drivers raise anything at all; what they raised is the reason.
     except Exception as error:  # noqa: BLE001
-        return Trial(choice, None, f"{type(error).__name__}: {error}")
+        return Trial(choice, None, f"{type(error).__name__}: {str(error).strip()[:REASON]}")
 
 
 def _disagreement(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str:
@@ -172,24 +178,21 @@ def _problem(
     task = (torch.arange(tokens, device=device) % SEGMENTS).to(torch.int32)
     own = {"task": task, "clamp": CLAMP}
 
-    def results(made: Iterator[Tensor | None]) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in made if tensor is not None)
-
     def run(choice: Launch) -> tuple[Tensor, ...]:
         how = {"precision": precision, "choice": choice}
         if step == "project":
-            return results(iter(project.project(z, q, segment, SEGMENTS, **own, **how)))
+            made = project.project(z, q, segment, SEGMENTS, **own, **how)
+            return made.p, made.norm2, made.omega
         if step == "low_rank_input":
             return (project.low_rank_input(z, q, **how),)
         if step == "coefficient_grads":
             ratio = {"a": a, "omega": omega, "norm2": norm2, "segment": segment, "num_segments": SEGMENTS}
             made = coefficient_grads.coefficient_grads(z, c_mat, p, coef, **ratio, **own, **how)
-            return results(iter(made))
+            return tuple(made)
         if step == "input_gradient":
             return (expand.input_gradient(p, q, row_scale=a, z=z, **how),)
         if step == "low_rank_output":
             return (expand.low_rank_output(p, c_mat, coef, **how),)
-        made = ratio_backward.ratio_backward(z, q, p, norm2, omega, a, segment, SEGMENTS, **own, **how)
-        return (made,)
+        return (ratio_backward.ratio_backward(z, q, p, norm2, omega, a, segment, SEGMENTS, **own, **how),)
 
     return run

@@ -132,14 +132,14 @@ def test_ratio_backward():
     how = {"task": task, "clamp": CLAMP}
     dz = ratio_backward(z, q, p, norm2, omega, a, segment, 3, precision="tf32", **how)
     ieee = ratio_backward(z, q, p, norm2, omega, a, segment, 3, **how)
-    dp, _, row_scale = oracle.coefficient_grads(None, None, p, None, a, omega, norm2, segment, 3, **how)
-    exact = oracle.expand(dp, q, row_scale=row_scale, z=z)
+    exact = oracle.ratio_backward(z, q, p, norm2, omega, a, segment, 3, **how)
     largest = exact.abs().max()
     assert (ieee - exact).abs().max() < FLOOR * largest
-    # Each of two factors is off by at most 2^-11 of itself.
-    product = dp.abs() @ q.double().abs()
-    assert ((dz - exact).abs() <= 2.01 * 2**-11 * product + FLOOR * largest).all()
-    assert (dz - ieee).abs().max() > 1e-5 * largest
+    args = (z, rounded(q), rounded(p), norm2, omega, a, segment, 3)
+    expected = oracle.ratio_backward(*args, **how)
+    assert (expected - exact).abs().max() > 1e-5 * largest
+    # -t P / |t| is P but for float32's last digit, which tips the rounding of a few elements over.
+    assert (dz - expected).norm() <= 0.1 * (exact - expected).norm()
 
 
 @pytest.fixture

@@ -85,11 +85,9 @@ def test_ratio_backward(sizes):
     p, norm2, omega, a = p.float(), norm2.float(), omega[:, 0].float(), torch.randn(N)
     with PtxDevice("sm_80").on() as device:
         dz = ratio_backward(z, q, p, norm2, omega, a, segment, 3, task=task, clamp=CLAMP, precision="tf32")
-    dp, _, row_scale = oracle.coefficient_grads(
-        None, None, p, None, a, omega, norm2, segment, 3, task, clamp=CLAMP
-    )
-    exact = oracle.expand(dp, q, row_scale=row_scale, z=z)
-    # Each of two factors is rounded by at most 2^-11 of itself.
-    product = dp.abs() @ q.double().abs()
-    close("dz", dz, exact, 2.01 * 2**-11 * product + FLOOR * exact.abs().max())
+    exact = oracle.ratio_backward(z, q, p, norm2, omega, a, segment, 3, task, clamp=CLAMP)
+    args = (z, rounded(q), rounded(p), norm2, omega, a, segment, 3)
+    expected = oracle.ratio_backward(*args, task, clamp=CLAMP)
+    # -t P / |t| is P but for float32's last digit, which tips the rounding of a few elements over.
+    assert (dz - expected).norm() <= 0.1 * (exact - expected).norm()
     finish(device)
