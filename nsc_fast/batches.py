@@ -12,7 +12,7 @@ from .checkpoint import digest, random_state, set_random_state
 from .errors import MergeError
 from .monitor import TokenBatch
 
-__all__ = ["Batch", "BatchStream", "join", "token_batch", "without_labels"]
+__all__ = ["Batch", "BatchStream", "join", "token_batch", "token_mask", "without_labels"]
 
 Batch = Mapping[str, Tensor]
 
@@ -151,15 +151,21 @@ def token_batch(batch: Batch, task: int, device: torch.device) -> TokenBatch:
 def _tokens(batch: Batch, task: Tensor, *, one_task: bool) -> TokenBatch:
     return TokenBatch(
         task,
-        _mask(batch, "attention_mask"),
+        token_mask(batch),
         one_task=one_task,
         decoder=any(key.startswith("decoder_") for key in batch),
-        decoder_mask=_mask(batch, "decoder_attention_mask"),
+        decoder_mask=token_mask(batch, "decoder_attention_mask"),
         frames="input_features" in batch,
     )
 
 
-def _mask(batch: Batch, key: str) -> Tensor | None:
+def token_mask(batch: Batch, key: str = "attention_mask") -> Tensor | None:
+    """``(B, S)``: which tokens of a batch count; None where all do.
+
+    Args:
+        batch: model inputs.
+        key: of the mask: ``(B, S)``, or ``(B, 1, S, S)`` of which token sees which.
+    """
     mask = batch.get(key)
     if mask is None or mask.ndim not in (2, 4):
         return None

@@ -74,6 +74,7 @@ class Coefficients(nn.Module):
         # Parameter names may not hold dots.
         self._key = {group: group.replace(".", "/") for group in values}
         self.values = nn.ParameterDict({self._key[g]: v for g, v in values.items()})
+        self._picks: dict[tuple, Tensor] = {}
 
     def of(self, module: str) -> Tensor:
         """Coefficients of one module in the order of its stack: ``(K_m,)``, or ``(R_m,)`` for "rank"."""
@@ -82,9 +83,17 @@ class Coefficients(nn.Module):
         if self.granularity in ("module", "rank") or len(present) == len(self.tasks):
             return value
         # One product per module: unlike indexing, its gradient is summed in a fixed order on every device.
-        pick = torch.zeros(len(present), len(self.tasks), dtype=value.dtype, device=value.device)
-        pick[range(len(present)), present] = 1.0
-        return pick @ value
+        return self._pick(present, value) @ value
+
+    def _pick(self, present: Sequence[int], value: Tensor) -> Tensor:
+        """``(K_m, K)`` rows of the identity, kept for each device: making it anew waits for the host."""
+        key = (*present, value.dtype, value.device)
+        if key not in self._picks:
+            # Made in inference mode, it could not be used in training.
+            with torch.inference_mode(False):
+                rows = torch.eye(len(self.tasks), dtype=value.dtype)[list(present)]
+                self._picks[key] = rows.to(value.device)
+        return self._picks[key]
 
     def of_task(self, task: str) -> list[Tensor]:
         """One task's coefficients at every module that it adapts, each ``(1,)``, or ``(r,)`` for "rank"."""

@@ -8,7 +8,7 @@ for one task k at a time, over the modules J_k it adapts and the tokens n of its
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .factors import row_basis
 from .ops import null_space_ratio
+from .targets import tokens_of
 
 if TYPE_CHECKING:
     from .adapters import Adapter
@@ -53,6 +54,10 @@ class NSCLoss(nn.Module):
         with nsc.watch(model, "vqa", mask=attention_mask) as seen:    # or let it watch a model
             model(**batch)
         seen.loss.backward()
+
+    The activations may stand on any device, and on several; bases and masks are copied to them, the bases
+    once. Inside ``torch.compile`` the values of a mask cannot be looked at: a fully masked batch gives NaN
+    there, and no error.
     """
 
     def __init__(self, downs: Mapping[str, Mapping[str, Tensor]], *, impl: str = "auto") -> None:
@@ -73,6 +78,7 @@ class NSCLoss(nn.Module):
                 self._buffer[task, _plain(name)] = key
                 self.register_buffer(key, basis.to(torch.float32))
         self.breakdown: dict[str, Tensor] = {}
+        self._moved: dict[tuple[str, torch.device], tuple[Tensor, int, Tensor]] = {}
 
     @classmethod
     def from_adapters(
@@ -84,6 +90,8 @@ class NSCLoss(nn.Module):
     ) -> NSCLoss:
         """From PEFT folders, hub ids or :class:`Adapter` objects, one per task.
 
+        Only the down projections are used: modules that were trained whole, such as heads, are left out.
+
         Args:
             modules: names of the modules to use, compared with the end of the module path at a dot
                 ("v_proj"). Default: all adapted modules.
@@ -91,7 +99,9 @@ class NSCLoss(nn.Module):
         from .adapters import read_adapter
 
         read = {
-            task: read_adapter(source, name=task) if isinstance(source, str | os.PathLike) else source
+            task: read_adapter(source, name=task, modules_to_save="drop")
+            if isinstance(source, str | os.PathLike)
+            else source
             for task, source in adapters.items()
         }
         return cls(_select({t: a.modules for t, a in read.items()}, modules), impl=impl)
@@ -100,10 +110,13 @@ class NSCLoss(nn.Module):
     def from_peft_model(
         cls, model: nn.Module, *, modules: str | Sequence[str] | None = None, impl: str = "auto"
     ) -> NSCLoss:
-        """From the LoRA adapters that a live ``PeftModel`` holds; the adapter names are the tasks."""
+        """From the LoRA adapters that a live ``PeftModel`` holds; the adapter names are the tasks.
+
+        Modules that were trained whole, such as heads, are left out.
+        """
         from .adapters import from_peft_model
 
-        read = from_peft_model(model)
+        read = from_peft_model(model, modules_to_save="drop")
         return cls(_select({t: a.modules for t, a in read.items()}, modules), impl=impl)
 
     def forward(
@@ -113,6 +126,7 @@ class NSCLoss(nn.Module):
         task: str,
         mask: Tensor | None = None,
         module: str | None = None,
+        decoder_mask: Tensor | None = None,
     ) -> Tensor:
         """Loss of one task; scalar, differentiable in the activations.
 
@@ -120,14 +134,22 @@ class NSCLoss(nn.Module):
             activations: the *input* of a module, ``(..., d_in)``, or module path -> input. Modules that
                 receive the same tensor object (q, k and v) share one read of it.
             task: whose batch this is.
-            mask: ``(...)`` attention mask or weights of the tokens.
+            mask: attention mask or weights of the tokens, ``(...)`` as the activations or ``(B, 1, 1, S)``;
+                where one of the two is flat, of any shape with as many entries.
             module: which module a single tensor belongs to; may be left out if the task adapts one only.
+            decoder_mask: of the decoder's tokens, in place of ``mask``, for a dict of activations of an
+                encoder-decoder model. None: all of them count, if this loss knows modules of an encoder.
 
         Raises:
             KeyError: unknown task or module.
             ValueError: an empty or fully masked batch, or shapes that do not fit.
         """
-        means = self._means(activations, task, mask, module)
+        if isinstance(activations, Tensor):
+            masks = _Masks(mask)
+        else:
+            known = [name for names in self.modules_of.values() for name in names]
+            masks = _Masks(mask, decoder_mask, decoder_mask is not None or _encodes(known))
+        means = self._means(activations, task, masks, module)
         self.breakdown = {name: mean.detach() for name, mean in means.items()}
         return _average(list(means.values()))
 
@@ -135,7 +157,7 @@ class NSCLoss(nn.Module):
         self,
         activations: Tensor | Mapping[str, Tensor],
         task: str,
-        mask: Tensor | None,
+        masks: _Masks,
         module: str | None = None,
     ) -> dict[str, Tensor]:
         """Module -> mean ratio, differentiable."""
@@ -157,45 +179,79 @@ class NSCLoss(nn.Module):
             raise ValueError(f"none of the activations belongs to a module of task {task!r}: {_some(own)}")
         out: dict[str, Tensor] = {}
         for z, names in _shared(used):
-            bases = [getattr(self, self._buffer[task, name]) for name in names]
-            weight = torch.ones(z.shape[:-1], device=z.device) if mask is None else mask
-            if weight.shape != z.shape[:-1] and weight.numel() == z.shape[:-1].numel():
-                weight = weight.reshape(z.shape[:-1])
+            bases = [self._basis(task, name, z.device) for name in names]
             try:
+                weight, check = masks.of(z, names[0])
                 means = null_space_ratio(
                     z,
                     bases[0] if len(bases) == 1 else torch.cat(bases),
                     ranks=[b.shape[0] for b in bases],
                     weight=weight,
                     impl=self.impl,
+                    check=check,
                 )
             except ValueError as error:
                 raise ValueError(f"task {task!r}, module {names[0]!r}: {error}") from error
             out.update(zip(names, means.unbind(), strict=True))
         return out
 
+    def _basis(self, task: str, name: str, device: torch.device) -> Tensor:
+        """A module's basis on a device; copies are kept for as long as the basis is the same."""
+        key = self._buffer[task, name]
+        basis = getattr(self, key)
+        if basis.device == device:
+            return basis
+        version = 0 if basis.is_inference() else basis._version
+        source, copied, found = self._moved.get((key, device), (None, -1, basis))
+        if source is not basis or copied != version:
+            # Made in inference mode, it could not be used in training.
+            with torch.inference_mode(False):
+                found = basis.to(device)
+            self._moved[key, device] = basis, version, found
+        return found
+
     @contextmanager
-    def watch(self, model: nn.Module, task: str, mask: Tensor | None = None) -> Iterator[Watch]:
+    def watch(
+        self,
+        model: nn.Module,
+        task: str,
+        mask: Tensor | None = None,
+        *,
+        decoder_mask: Tensor | None = None,
+    ) -> Iterator[Watch]:
         """Collects the inputs of the task's modules while ``model`` runs; the loss is there afterwards.
 
         The ratios are formed when the ``with`` block ends, outside the model, so the model may use activation
-        checkpointing. A module that runs several times counts with the mean of its calls.
+        checkpointing, if it is not reentrant. A module that runs several times counts with the mean of its
+        calls.
+
+        Args:
+            model: any model that holds the modules.
+            task: whose batch runs.
+            mask: as for :meth:`forward`. It holds for the tokens of the text, or of the encoder: not for the
+                decoder beside an encoder, and not for towers of images and sound, all of whose tokens count.
+            decoder_mask: of the decoder's tokens, where the model has an encoder and a decoder. Default: all
+                of them count.
 
         Raises:
             KeyError: unknown task, or a module of the task that the model does not have.
-            ValueError: a module of the task did not run.
+            ValueError: a module of the task did not run, or a mask does not fit its activations.
+            RuntimeError: the model runs with gradients, but a module of the task does not, as in reentrant
+                checkpointing.
         """
         if task not in self.modules_of:
             raise KeyError(f"unknown task {task!r}; this NSCLoss knows {', '.join(self.tasks)}")
         present = dict(model.named_modules())
         calls: list[tuple[str, Tensor]] = []
-        handles = []
+        grads = _Grads()
+        handles = [model.register_forward_pre_hook(grads.enter)]
         try:
             for name in self.modules_of[task]:
                 layer = present.get(name, present.get(_PEFT_PREFIX + name))
                 if layer is None:
                     raise KeyError(f"{type(model).__name__} has no module {name!r} of task {task!r}")
-                handles.append(layer.register_forward_pre_hook(_collector(name, calls), with_kwargs=True))
+                collect = _collector(name, calls, grads)
+                handles.append(layer.register_forward_pre_hook(collect, with_kwargs=True))
             seen = Watch()
             yield seen
         finally:
@@ -204,9 +260,16 @@ class NSCLoss(nn.Module):
         silent = [name for name in self.modules_of[task] if name not in {n for n, _ in calls}]
         if silent:
             raise ValueError(f"module {silent[0]!r} of task {task!r} did not run inside the with block")
+        if grads.lost:
+            raise RuntimeError(
+                f"module {grads.lost[0]!r} of task {task!r} ran without gradients inside a model that runs "
+                "with them, so its loss has none: use checkpointing with use_reentrant=False, or "
+                "torch.no_grad() around the model if no gradients are needed"
+            )
+        masks = _Masks(mask, decoder_mask, decoder_mask is not None or _encodes(present), text_only=True)
         parts: dict[str, list[Tensor]] = {}
         for round_ in _rounds(calls):
-            for name, mean in self._means(round_, task, mask).items():
+            for name, mean in self._means(round_, task, masks).items():
                 parts.setdefault(name, []).append(mean)
         means = {name: _average(values) for name, values in parts.items()}
         seen.loss = _average(list(means.values()))
@@ -217,10 +280,65 @@ class NSCLoss(nn.Module):
         return f"{counts}, impl={self.impl!r}"
 
 
+@dataclass
+class _Grads:
+    """Modules that ran without gradients while the model ran with them."""
+
+    enabled: bool = False
+    lost: list[str] = field(default_factory=list)
+
+    def enter(self, *_: Any) -> None:
+        self.enabled = torch.is_grad_enabled()
+
+
+@dataclass
+class _Masks:
+    """Which mask holds for which module."""
+
+    mask: Tensor | None
+    decoder: Tensor | None = None
+    # Whether a decoder has tokens of its own, beside an encoder; whether towers of images have no mask.
+    beside: bool = False
+    text_only: bool = False
+    _moved: dict[tuple[bool, torch.device], Tensor] = field(default_factory=dict)
+    _checked: set[bool] = field(default_factory=set)
+
+    def of(self, z: Tensor, module: str) -> tuple[Tensor, bool]:
+        """Weights of the tokens of ``z``, ``z.shape[:-1]``, and whether nobody has looked at them yet."""
+        kind = tokens_of(module)
+        ours = self.beside and kind == "decoder"
+        mask = self.decoder if ours else self.mask
+        leading = z.shape[:-1]
+        if mask is None or (self.text_only and kind == "other"):
+            return torch.ones(leading, device=z.device), False
+        if (ours, z.device) not in self._moved:
+            self._moved[ours, z.device] = mask.to(z.device)
+        mask = self._moved[ours, z.device]
+        check = ours not in self._checked
+        self._checked.add(ours)
+        if mask.shape == leading:
+            return mask, check
+        flat = max(mask.shape, default=1) == mask.numel() or max(leading, default=1) == leading.numel()
+        sizes = [[n for n in shape if n != 1] for shape in (mask.shape, leading)]
+        if mask.numel() == leading.numel() and (flat or sizes[0] == sizes[1]):
+            return mask.reshape(leading), check
+        raise ValueError(
+            f"the mask has shape {tuple(mask.shape)} and the activations {tuple(z.shape)}; expected a mask "
+            f"{tuple(leading)}, with the dimensions in the same order"
+        )
+
+
+def _encodes(modules: Iterable[str]) -> bool:
+    """Whether there is an encoder of text among the modules, so that a decoder has tokens of its own."""
+    return any("encoder" in name.split(".") and tokens_of(name) == "input" for name in modules)
+
+
 def _collector(
-    name: str, calls: list[tuple[str, Tensor]]
+    name: str, calls: list[tuple[str, Tensor]], grads: _Grads
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def collect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if grads.enabled and not torch.is_grad_enabled():
+            grads.lost.append(name)
         calls.append((name, args[0] if args else next(iter(kwargs.values()))))
 
     return collect

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, join, rows, token_batch
+from .batches import Batch, join, rows, token_batch, token_mask
 from .errors import MergeError
 from .monitor import TokenBatch
 
@@ -42,6 +42,9 @@ Pass = tuple[dict[str, Tensor], TokenBatch]
 _PACKABLE = {"input_ids", "attention_mask"}
 # Inputs with a mask of their own, or whose encoder makes fewer tokens of them.
 _UNDIVIDED = ("decoder_", "input_features")
+_UNPACKED = (
+    "it has to hold token ids and a mask alone, (B, S), of 0 and 1 with the tokens of a sequence side by side"
+)
 # Lengths of the two sequences that a model is tried with.
 _PROBE = (12, 9)
 
@@ -53,6 +56,7 @@ def passes(
     together: str = "auto",
     micro_batch: int | None = None,
     packed: bool = False,
+    insist: bool = False,
     wholes: Mapping[int, tuple[float, int]] | None = None,
 ) -> list[Pass]:
     """Inputs and task ids of every forward pass of one step.
@@ -63,10 +67,11 @@ def passes(
         micro_batch: sequences of each task in a pass at most. Default: all of the batch. The tokens of a part
             count as they do in the whole batch, so that losses and gradients of the passes add up to it.
         packed: joins without padding where that is possible.
+        insist: refuses ``packed`` batches that cannot be packed, instead of padding them.
         wholes: where the batches are parts already: task index -> :func:`whole_of` the whole batch.
 
     Raises:
-        MergeError: batches that cannot be joined though they must.
+        MergeError: batches that cannot be joined or packed though they must.
     """
     pieces = {k: parts(batch, micro_batch) for k, batch in batches.items()}
     if wholes is None and any(len(own) > 1 for own in pieces.values()):
@@ -75,6 +80,8 @@ def passes(
     for i in range(max(map(len, pieces.values()))):
         now = {k: own[i] for k, own in pieces.items() if i < len(own)}
         row = pack(now) if packed else None
+        if packed and insist and row is None:
+            raise MergeError(f"a batch cannot be packed: {_UNPACKED}; set packing to 'auto' or 'never'")
         found = _joined(now, device, together) if row is None else [row]
         out += [(inputs, replace(tokens, whole=wholes)) for inputs, tokens in found]
     return out
@@ -126,8 +133,8 @@ def divisible(batch: Batch) -> bool:
 
 def whole_of(batch: Batch) -> tuple[float, int]:
     """Weight of the tokens of a batch, and its number of sequences."""
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.ndim == 2:
+    mask = token_mask(batch)
+    if mask is not None:
         return float(mask.sum()), rows(batch)
     sequence = batch.get("input_ids", batch.get("inputs_embeds"))
     length = 1 if sequence is None else sequence.shape[1]
@@ -135,7 +142,9 @@ def whole_of(batch: Batch) -> tuple[float, int]:
 
 
 def pack(batches: Mapping[int, Batch]) -> Pass | None:
-    """One row of all sequences without padding; None where a batch holds anything but right-padded token ids.
+    """One row of all sequences without padding; None where a batch holds anything but padded token ids.
+
+    Padding may stand on either side of a sequence; positions count from its first token.
 
     Args:
         batches: task index -> batch.
@@ -149,15 +158,21 @@ def pack(batches: Mapping[int, Batch]) -> Pass | None:
             return None
         own = batch["input_ids"]
         mask = batch.get("attention_mask")
-        if mask is not None and (mask.shape != own.shape or bool((mask[:, 1:] > mask[:, :-1]).any())):
+        if mask is not None and (mask.shape != own.shape or not _stretches(mask)):
             return None
         keep = torch.ones_like(own, dtype=torch.bool) if mask is None else mask.bool()
-        place = torch.arange(own.shape[1], device=own.device).expand_as(own)
         ids.append(own[keep])
-        positions.append(place[keep])
+        positions.append((keep.cumsum(1) - 1)[keep])
         tasks.append(torch.full_like(ids[-1], k, dtype=torch.int64))
     inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions)[None]}
     return inputs, TokenBatch(torch.cat(tasks)[None])
+
+
+def _stretches(mask: Tensor) -> bool:
+    """Whether a mask ``(B, S)`` is 0 and 1, with one unbroken stretch of ones in a row at most."""
+    keep = mask.bool()
+    begins = keep[:, 1:] & ~keep[:, :-1]
+    return not bool(((mask != keep).any(1) | (begins.sum(1) + keep[:, 0] > 1)).any())
 
 
 def obstacle(runner: nn.Module, options: Mapping[str, Any], batches: Sequence[Batch]) -> str | None:
@@ -178,7 +193,10 @@ def obstacle(runner: nn.Module, options: Mapping[str, Any], batches: Sequence[Ba
     for batch in batches:
         if not set(batch) <= _PACKABLE or "input_ids" not in batch:
             return f"the batches hold {', '.join(sorted(set(batch)))}, not token ids and a mask alone"
-    tokens = torch.cat([b["input_ids"].reshape(-1)[: sum(_PROBE)] for b in batches]).unique()
+        if pack({0: batch}) is None:
+            return f"a batch does not fit ({_UNPACKED})"
+    # Packed rows hold no padding.
+    tokens = torch.cat([pack({0: b})[0]["input_ids"][0, : sum(_PROBE)] for b in batches]).unique()
     if len(tokens) < 2:
         return "the data are too few to try it"
     ids = tokens.repeat(-(-sum(_PROBE) // len(tokens)))[: sum(_PROBE)]
@@ -194,7 +212,12 @@ def obstacle(runner: nn.Module, options: Mapping[str, Any], batches: Sequence[Ba
     if want is None or got is None or got.shape[:2] != (1, sum(_PROBE)):
         return "its output has no states to compare"
     want = torch.cat([want[k, :n] for k, n in enumerate(_PROBE)]).double()
-    difference = float(((got[0].double() - want).norm(dim=1) / want.norm(dim=1)).max())
+    if not bool(want.isfinite().all()):
+        return "its states are not finite; load it in float32"
+    size = want.norm(dim=1)
+    # A state may be zero: that of a token without an embedding.
+    size = size.clamp(min=max(1e-3 * float(size.max()), torch.finfo(size.dtype).tiny))
+    difference = float(((got[0].double() - want).norm(dim=1) / size).max())
     limit = {torch.float64: 1e-9, torch.float32: 1e-3}.get(got.dtype, 0.1)
     if not difference <= limit:
         return f"packed sequences see each other (their states change by {difference:.2g})"
@@ -250,6 +273,7 @@ class Passes:
         if self.packed is None:
             self.packed = self.packing != "never" and self._packs(list(moved.values()))
         how = {"together": self.together, "micro_batch": self.micro_batch, "packed": self.packed}
+        how["insist"] = self.packing == "always"
         if wholes is not None:
             how["wholes"] = {tasks.index(task): one for task, one in wholes.items()}
         return passes(moved, device, **how)

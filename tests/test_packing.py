@@ -8,8 +8,9 @@ from torch import nn
 from nsc_fast.driver import Driver, optimise
 from nsc_fast.errors import MergeError
 from nsc_fast.methods import MergeInputs, get
-from nsc_fast.packing import check_positions, pack, parts, positions
+from nsc_fast.packing import check_positions, forward_options, obstacle, pack, parts, positions, whole_of
 from nsc_fast.parameters import NSCParameters
+from nsc_fast.processes import share
 
 
 def run(case, **options):
@@ -40,6 +41,34 @@ def test_parts_count_by_their_tokens():
     case.batches = {t: token_batch(2, 9, seed=k, padding=7) for k, t in enumerate(case.batches)}
     want = case.step()
     same(run(case, micro_batch=1), want, 1e-12)
+
+
+def square(batch, kind):
+    """The same batch with a mask of which token sees which."""
+    real = batch["attention_mask"].bool()
+    length = real.shape[1]
+    sees = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None] & real[:, :, None]
+    sees = (sees | torch.eye(length, dtype=torch.bool))[:, None]
+    if kind == "added":
+        sees = torch.zeros(sees.shape, dtype=torch.float64).masked_fill(~sees, -1e9)
+    return {**batch, "attention_mask": sees}
+
+
+@pytest.mark.parametrize("kind", ["seen", "added"])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_parts_with_masks_of_which_token_sees_which_add_up(micro_batch, kind):
+    case = Case()
+    case.batches = {t: token_batch(3, 9, seed=k, padding=7) for k, t in enumerate(case.batches)}
+    case.batches = {t: square(batch, kind) for t, batch in case.batches.items()}
+    want = case.step()
+    same(run(case, micro_batch=micro_batch), want, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["seen", "added"])
+def test_the_whole_counts_the_tokens_that_are_real(kind):
+    batch = token_batch(3, 9, seed=0, padding=7)
+    assert whole_of(batch) == whole_of(square(batch, kind)) == (20.0, 3)
+    assert share({"t": square(batch, kind)}, 0, 2)[1] == {"t": (20.0, 3)}
 
 
 def test_parts_of_images_count_by_their_rows():
@@ -81,8 +110,71 @@ def test_packed_row():
     assert inputs["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1]]
     assert tokens.task.tolist() == [[0] * 5 + [2] * 2]
     padded_left = {**left, "attention_mask": torch.tensor([[0, 1, 1], [1] * 3])}
-    assert pack({0: padded_left}) is None
+    inputs, _ = pack({0: padded_left})
+    assert inputs["input_ids"].tolist() == [[6, 0, 7, 8, 9]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    for mask in ([1, 0, 1], [0.5, 1, 1]):
+        assert pack({0: {**left, "attention_mask": torch.tensor([mask, [1] * 3])}}) is None
     assert pack({0: {**right, "token_type_ids": torch.zeros(1, 2)}}) is None
+
+
+def padded_left(batch):
+    """The same sequences with their padding before them."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return {
+        key: torch.stack([row.roll(row.shape[0] - n) for row, n in zip(value, lengths, strict=True)])
+        for key, value in batch.items()
+    }
+
+
+@pytest.mark.parametrize("together", ["auto", "never"])
+def test_left_padded_batches_are_packed(together):
+    case = Case("llama", torch.float32)
+    want = case.step()
+    case.batches = {task: padded_left(batch) for task, batch in case.batches.items()}
+    same(run(case, packing="always", together=together), want, 1e-5)
+    ((inputs, _),) = case.driver._passes(case.batches, tuple(case.batches), torch.device("cpu"))
+    real = sum(int(batch["attention_mask"].sum()) for batch in case.batches.values())
+    assert inputs["input_ids"].shape == (1, real)
+
+
+def test_a_later_batch_that_cannot_be_packed():
+    case = Case("llama", torch.float32)
+    gap = {
+        task: {**batch, "attention_mask": batch["attention_mask"].clone()}
+        for task, batch in case.batches.items()
+    }
+    gap["two"]["attention_mask"][0, 2] = 0
+    padded = run(case)[0]
+    run(case, packing="always")
+    case.batches = gap
+    with pytest.raises(MergeError, match="a batch cannot be packed.*side by side.*packing to 'auto'"):
+        case.step()
+    with pytest.raises(MergeError, match="cannot be packed: a batch does not fit"):
+        run(case, packing="always")
+    told = []
+    want = run(case)
+    same(run(case, packing="auto", on_notice=told.append), want, 1e-12)
+    assert want[0] != padded and len(told) == 1 and "side by side" in told[0]
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_a_token_without_an_embedding_is_no_obstacle(padding):
+    """It begins one of the two sequences that are tried, unless it is known for padding."""
+    model = tiny_llama(torch.float32).model
+    model.get_input_embeddings().weight.data[0] = 0.0
+    batch = {"input_ids": torch.arange(8)[None]}
+    if padding:
+        batch["input_ids"] = torch.nn.functional.pad(batch["input_ids"][:, 1:], (padding, 0))
+        batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    assert obstacle(model, forward_options(model), [batch]) is None
+
+
+def test_states_that_are_not_finite_are_named():
+    model = tiny_llama(torch.float32).model
+    model.get_input_embeddings().weight.data[3] = float("inf")
+    batch = {"input_ids": torch.arange(21)[None]}
+    assert "not finite" in obstacle(model, forward_options(model), [batch])
 
 
 class Leaky(nn.Module):

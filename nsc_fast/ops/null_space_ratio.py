@@ -11,6 +11,7 @@ basis the Gram inverse of the paper's formula is the identity.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def null_space_ratio(
     weight: Tensor | None = None,
     clamp: float = CLAMP,
     impl: str = "auto",
+    check: bool = True,
 ) -> Tensor:
     """Null-space ratio of every token, or its weighted mean; differentiable in ``z``.
 
@@ -42,29 +44,45 @@ def null_space_ratio(
             result is ``sum_n w_n omega_n / sum_n w_n``.
         clamp: lower bound of ``1 - u``; at the bound omega is ``sqrt(clamp)`` and its gradient 0.
         impl: "auto", "triton" or "torch".
+        check: whether to refuse weights that sum to zero. A GPU has to be waited for to know it; without the
+            check, and always inside ``torch.compile``, the result is NaN then.
 
     Returns:
         omega in float32 (float64 for float64 input): ``(...)`` for one adapter, ``(..., G)`` for G stacked
         ones; without the leading shape when ``weight`` is given. ``z = 0`` gives 1 with gradient 0.
 
     Raises:
-        ValueError: shapes that do not fit, or weights that sum to zero.
+        ValueError: shapes that do not fit, no token to average over, or weights that sum to zero.
     """
     _check(z, basis, ranks)
     sizes = [basis.shape[0]] if ranks is None else list(ranks)
     flat = z.reshape(-1, z.shape[-1])
-    columns = [g for g, rank in enumerate(sizes) for _ in range(rank)]
-    segment = torch.tensor(columns, dtype=torch.int32, device=z.device)
+    # Graphs hold constants of their own, and other kinds of tensors (fake ones) must not be kept.
+    plain = not torch.compiler.is_compiling() and type(z) in (Tensor, torch.nn.Parameter)
+    segment = (_kept_segment if plain else _segment)(tuple(sizes), z.device)
     impl = dispatch.resolve(impl, z.device, z.dtype, basis.shape[0])
     run = _op if torch.compiler.is_compiling() else _NullSpaceRatio.apply
     omega, _, _ = run(flat, basis.detach(), segment, len(sizes), float(clamp), impl)
     shape = z.shape[:-1] if ranks is None else (*z.shape[:-1], len(sizes))
     if weight is None:
         return omega.view(shape)
-    return _weighted_mean(omega, weight, z.shape[:-1]).view(shape[len(z.shape) - 1 :])
+    return _weighted_mean(omega, weight, z.shape[:-1], check).view(shape[len(z.shape) - 1 :])
 
 
-def _weighted_mean(omega: Tensor, weight: Tensor, leading: torch.Size) -> Tensor:
+def _segment(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(R,)`` int32: which adapter a row of the basis belongs to."""
+    columns = [g for g, rank in enumerate(ranks) for _ in range(rank)]
+    return torch.tensor(columns, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=256)
+def _kept_segment(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    # Copied to a device once, not at every call. Made in inference mode, it could not be used in training.
+    with torch.inference_mode(False):
+        return _segment(ranks, device)
+
+
+def _weighted_mean(omega: Tensor, weight: Tensor, leading: torch.Size, check: bool) -> Tensor:
     """``(N, G)`` ratios to ``(G,)`` means."""
     if weight.shape != leading:
         raise ValueError(
@@ -72,7 +90,7 @@ def _weighted_mean(omega: Tensor, weight: Tensor, leading: torch.Size) -> Tensor
         )
     w = weight.reshape(-1, 1).to(omega.dtype)
     total = w.sum()
-    if not torch.compiler.is_compiling() and not bool(total > 0):
+    if not torch.compiler.is_compiling() and (w.numel() == 0 or (check and not bool(total > 0))):
         raise ValueError(
             "the weights sum to zero: the batch is empty or fully masked; pass at least one real token"
         )

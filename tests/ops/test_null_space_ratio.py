@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import pytest
@@ -6,6 +7,7 @@ from compare import ROUNDOFF, assert_no_worse, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_factors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsc_fast import reference
 from nsc_fast.factors import row_basis
@@ -470,3 +472,47 @@ def test_tokens_too_small_for_their_squares_count_as_zero(dtype, size):
         torch.testing.assert_close(omega.double(), truth, rtol=0, atol=1e-6)
     else:
         assert (omega == 1).all() and (dz == 0).all()
+
+
+class TestHostAndDevice:
+    """What makes a GPU wait for the host, or the host for a GPU."""
+
+    class Ops(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    def test_the_ranks_are_copied_to_a_device_once(self):
+        z, q = tokens(5, 13), basis_of(down(2, 13), down(4, 13))
+        with torch.inference_mode():
+            null_space_ratio(z, q, ranks=[2, 4])
+        with self.Ops() as ops:
+            omega = null_space_ratio(z, q, ranks=[2, 4])
+        assert "lift_fresh" not in ops.seen
+        assert gradient(omega, z, torch.ones_like(omega)).isfinite().all()
+
+    def test_weights_are_looked_at_unless_told_otherwise(self):
+        z, q = tokens(5, 13), basis_of(down(2, 13))
+        with self.Ops() as ops:
+            unchecked = null_space_ratio(z, q, weight=torch.ones(5), check=False)
+        assert "_local_scalar_dense" not in ops.seen
+        assert torch.equal(unchecked, null_space_ratio(z, q, weight=torch.ones(5)))
+        assert null_space_ratio(z, q, weight=torch.zeros(5), check=False).isnan()
+        with pytest.raises(ValueError, match="sum to zero"):
+            null_space_ratio(z, q, weight=torch.zeros(5))
+        with pytest.raises(ValueError, match="empty"):
+            null_space_ratio(z[:0], q, weight=torch.ones(0), check=False)
+
+    def test_fake_tensors_are_not_kept(self):
+        from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+        z, q = tokens(5, 17), basis_of(down(3, 17), down(5, 17))
+        mode = FakeTensorMode()
+        fake = mode.from_tensor(z.detach()), mode.from_tensor(q)
+        with mode, contextlib.suppress(DataDependentOutputException):
+            null_space_ratio(*fake, ranks=[3, 5])
+        compare_with_reference(z, [down(3, 17), down(5, 17)])
