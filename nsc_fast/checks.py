@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import Adapter
 from .errors import MergeError
@@ -15,11 +16,19 @@ from .parameters import Strict
 from .processes import Processes
 from .recipe import BaseSpec
 
-__all__ = ["check_needs", "check_one_model", "check_predictions", "check_processes", "check_shardable"]
+__all__ = [
+    "check_batches",
+    "check_needs",
+    "check_one_model",
+    "check_predictions",
+    "check_processes",
+    "check_shardable",
+]
 
 
 def check_needs(method: Method, has_model: bool, data: Mapping[str, Any] | None) -> None:
     """Whether the method gets what it needs, and data only where it uses them."""
+    check_batches(data)
     if method.needs_data and not (has_model and data):
         raise MergeError(
             f"method {method.name!r} needs the base model and unlabeled data of every task; give them, or "
@@ -27,6 +36,35 @@ def check_needs(method: Method, has_model: bool, data: Mapping[str, Any] | None)
         )
     if data and not method.needs_data:
         raise MergeError(f"method {method.name!r} uses no data; leave the data out, or choose 'nsc'")
+
+
+def check_batches(data: Mapping[str, Any] | None) -> None:
+    """Whether data are batches by task: not a file, and not one batch.
+
+    Raises:
+        MergeError: they are not; names the task.
+    """
+    if data is None:
+        return
+    if not isinstance(data, Mapping):
+        raise MergeError(
+            f"data is a {type(data).__name__}; give a dict: the name of each task -> its batches"
+        )
+    for task, own in data.items():
+        if isinstance(own, str | os.PathLike):
+            raise MergeError(
+                f"data of task {task!r} is the path {os.fspath(own)!r}, not batches; "
+                "nsc_fast.data.text_batches(path, tokenizer) makes them"
+            )
+        if isinstance(own, Mapping):
+            raise MergeError(
+                f"data of task {task!r} is a single batch ({', '.join(map(str, own))}); put it in a list"
+            )
+        if not isinstance(own, Iterable) or isinstance(own, Tensor):
+            raise MergeError(
+                f"data of task {task!r} is a {type(own).__name__}; give an iterable of batches, which are "
+                "dicts of model inputs"
+            )
 
 
 def check_one_model(method: Method) -> None:

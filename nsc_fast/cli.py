@@ -18,7 +18,7 @@ from . import __version__
 from .adapters import AdapterError, inspect_adapter
 from .cli_apply import add_apply
 from .cli_merge import add_merge
-from .cli_run import device_of
+from .cli_run import INTERRUPTED, check_impl, check_out, device_of
 from .cli_tables import (
     console,
     describe_method,
@@ -175,19 +175,21 @@ def sweep_command(
     with _errors():
         if score is not None and label_free:
             raise RecipeError("give --score or --label-free, not both")
-        if out is not None and out.exists() and not overwrite:
-            raise RecipeError(f"the output {out} exists; choose another folder or add --overwrite")
         loaded = recipe_of(recipe, method=method)
         if loaded.output.kind != "lora":
             raise RecipeError(
                 "sweep writes a LoRA: leave output.kind out, and use `nsc-fast apply` on the best"
             )
+        if out is not None:
+            overwrite = check_out(out, "lora", overwrite)
+        own = device_of(device)
+        check_impl(impl, own)
         with progress(0) as (on_stage, _):
             found = sweep(
                 loaded,
                 parse_grid(grid) if grid else None,
                 command=score,
-                device=device_of(device),
+                device=own,
                 impl=impl,
                 on_stage=on_stage,
                 on_point=lambda p: console.print(f"{dict(p.values)}: {p.score:.6g}", highlight=False),
@@ -225,6 +227,12 @@ def doctor(device: Device = "auto") -> None:
         result = "[green]ok[/]" if one.passed else "[bold red]FAILED[/]"
         table.add_row(one.operation, str(one.dtype), error, f"{one.limit:.0e}", result)
     console.print(table)
+    if impl == "triton" and chosen == "cpu":
+        console.print(
+            "note: Triton's interpreter computes with the bit patterns of bfloat16 as if they were numbers. "
+            "What fails in bfloat16 here is the interpreter, and says nothing about compiled kernels",
+            highlight=False,
+        )
     sound = all(one.passed for one in findings)
     used = impl if sound else "torch"
     why = "the self-test passed" if sound else "the self-test failed"
@@ -261,7 +269,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         console.print("interrupted")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

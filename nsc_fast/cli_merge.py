@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .cli_run import checkpoints_of, device_of, together
+from .cli_run import INTERRUPTED, check_impl, check_out, checkpoints_of, device_of, tell_resume, together
 from .cli_tables import console, print_checks, progress, ratio_table
 from .errors import RecipeError
 
@@ -65,6 +65,10 @@ def add_merge(app: typer.Typer, errors: Callable[[], AbstractContextManager[None
         set_: Annotated[
             list[str] | None, typer.Option("--set", help="KEY=VALUE of the method's parameters; repeat")
         ] = None,
+        modules_to_save: Annotated[
+            Literal["error", "drop", "keep-separate", "merge-dense"] | None,
+            typer.Option(help="what to do about modules that an adapter trained whole"),
+        ] = None,
         max_rank: Annotated[int | None, typer.Option(help="truncate the merged LoRA to this rank")] = None,
         out_kind: Annotated[
             Literal["lora", "full"] | None,
@@ -111,6 +115,7 @@ def add_merge(app: typer.Typer, errors: Callable[[], AbstractContextManager[None
                 method=method,
                 settings=set_,
                 seed=seed,
+                modules_to_save=modules_to_save,
                 base={
                     "path": base_model,
                     "load_in_4bit": load_in_4bit,
@@ -133,9 +138,13 @@ def add_merge(app: typer.Typer, errors: Callable[[], AbstractContextManager[None
             if out is None and not dry_run:
                 raise RecipeError("no output folder: give OUT or --out")
             first = processes is None or processes.rank == 0
-            if first and out is not None and out.exists() and not overwrite:
-                raise RecipeError(f"the output {out} exists; choose another folder or add --overwrite")
+            kept = None
+            if not dry_run:
+                kept = checkpoints_of(out, checkpoint_every, checkpoints, resume, overwrite, first)
+            if first and out is not None:
+                overwrite = check_out(out, loaded.output.kind, overwrite, kept)
             own = device_of(device, there=not dry_run)
+            check_impl(impl, own)
             _check_place(loaded.base_model, device, max_memory)
             if not dry_run and loaded.base_model is not None:
                 check_processes(loaded.base_model, processes)
@@ -154,7 +163,6 @@ def add_merge(app: typer.Typer, errors: Callable[[], AbstractContextManager[None
                 adapters, base = check_inputs(loaded)
                 _check_full(loaded, base, adapters, out, overwrite)
             steps = int(loaded.method_parameters().model_dump().get("steps", 0))
-            kept = checkpoints_of(out, checkpoint_every, checkpoints, resume, overwrite, first)
             with progress(steps) as (on_stage, on_step):
                 result, model = run_recipe(
                     loaded,
@@ -169,20 +177,22 @@ def add_merge(app: typer.Typer, errors: Callable[[], AbstractContextManager[None
                 lora = _write(loaded, result, out, overwrite)
                 if kept is not None and not result.interrupted:
                     kept.clear()
-            if not verify:
-                return
-            if first:
+            if first and verify:
                 checks = _verify(loaded, result, model, lora)
                 del model
                 if loaded.output.kind == "full":
                     checks += _verify_full(result, out, own)
                 if not print_checks(checks):
                     raise typer.Exit(unverified)
-            elif sharded:
+            elif verify and sharded:
                 # A forward pass takes all processes: the others check a copy of their own.
                 with tempfile.TemporaryDirectory() as scratch:
                     copy = result.save_lora(Path(scratch, "merged"), max_rank=loaded.output.max_rank)
                     _verify(loaded, result, model, copy.path)
+            if first and result.interrupted:
+                tell_resume(kept, alone=processes is None)
+        if result.interrupted:
+            raise typer.Exit(INTERRUPTED)
 
 
 def _check_place(base: BaseSpec | None, device: str, max_memory: str | None) -> None:

@@ -50,7 +50,8 @@ def print_plan(plan: Plan) -> None:
         highlight=False,
     )
     for name, (count, size) in plan.blocks("never").items():
-        console.print(f"  {name} and {count - 1} more like it keep {size:.0f} bytes a token", highlight=False)
+        like = f" and {count - 1} more like it keep" if count > 1 else " keeps"
+        console.print(f"  {name}{like} {size:.0f} bytes a token", highlight=False)
 
 
 def planned(recipe: Recipe, budget: str, device: str) -> Recipe:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .cli_tables import console
 from .errors import RecipeError
@@ -14,7 +17,18 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoints
     from .processes import Processes
 
-__all__ = ["checkpoints_of", "device_of", "together"]
+__all__ = [
+    "INTERRUPTED",
+    "check_impl",
+    "check_out",
+    "checkpoints_of",
+    "device_of",
+    "tell_resume",
+    "together",
+]
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of a shell."""
 
 
 def device_of(name: str, *, there: bool = True) -> str:
@@ -41,6 +55,77 @@ def device_of(name: str, *, there: bool = True) -> str:
         has = "none" if accelerator is None else f"{count} of type {accelerator.type}"
         raise RecipeError(f"--device {name}: torch cannot use it here (accelerators: {has}); use auto or cpu")
     return name
+
+
+def check_impl(impl: str, device: str) -> None:
+    """Whether ``--impl`` can run on the device, before anything is loaded.
+
+    Raises:
+        RecipeError: it is none, or the kernels cannot run there.
+    """
+    import torch
+
+    from .ops import dispatch
+
+    if impl == "auto":
+        return
+    try:
+        dispatch.resolve(impl, torch.device(device), torch.float32, 1)
+    except (ValueError, RuntimeError) as error:
+        raise RecipeError(f"--impl {impl}: {error}") from error
+
+
+def check_out(
+    out: Path, kind: Literal["lora", "full"], overwrite: bool, checkpoints: Checkpoints | None = None
+) -> bool:
+    """Whether the output can be written, and if so whether it replaces what is there.
+
+    A run that goes on from a checkpoint replaces what it wrote when it was interrupted; whether the run is
+    the same one is compared when the checkpoint is read.
+
+    Args:
+        kind: of the recipe's output.
+        checkpoints: of this run.
+
+    Raises:
+        RecipeError: there is an output, and no word to replace it.
+        AdapterError: what is there is no output.
+    """
+    from .adapters.write import check_replaceable
+
+    if not out.exists():
+        return overwrite
+    goes_on = checkpoints is not None and checkpoints.resume and bool(checkpoints.files())
+    if not overwrite and not (goes_on and _interrupted(out)):
+        raise RecipeError(f"the output {out} exists; choose another folder or add --overwrite")
+    marker = "config.json" if kind == "full" else "adapter_config.json"
+    check_replaceable(f"output {str(out)!r}", out, True, marker=marker)
+    return True
+
+
+def _interrupted(out: Path) -> bool:
+    """Whether ``out`` is what an interrupted run wrote."""
+    try:
+        told = json.loads((out / "nsc_fast" / "merge.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("interrupted") is True
+
+
+def tell_resume(checkpoints: Checkpoints | None, *, alone: bool) -> None:
+    """How an interrupted run goes on: the command, or under a launcher what to add to it."""
+    if checkpoints is None or not checkpoints.files():
+        console.print(
+            "interrupted before a checkpoint was written (--checkpoint-every): the same command with "
+            "--overwrite starts again",
+            highlight=False,
+        )
+        return
+    program = Path(sys.argv[0]).name
+    start = ["python", "-m", "nsc_fast"] if program == "__main__.py" else [program]
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--no-resume")]
+    command = shlex.join([*start, *arguments, "--resume"]) if alone else "the same command with --resume"
+    console.print(f"to go on: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

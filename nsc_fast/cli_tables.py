@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .adapters import AdapterError
+
 __all__ = [
     "console",
     "describe_method",
@@ -85,8 +87,9 @@ def inspection_table(found: list[Any]) -> None:
         )
     Console().print(table)
     for one in found:
-        for problem in one.problems:
-            console.print(f"[bold red]{one.name}:[/] {escape(str(problem))}", highlight=False)
+        if one.problems:
+            told = escape(str(AdapterError(f"adapter {one.name!r}", *one.problems)))
+            console.print(f"[bold red]refused:[/] {told}", highlight=False)
 
 
 def describe_method(method: Any) -> dict[str, Any]:

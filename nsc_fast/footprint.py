@@ -157,6 +157,7 @@ class FakeMerge:
         )
         driver = Driver(model, installation)
         blocks = blocks_of(model, installation.modules)
+        before: dict[str, int] = {}
         grown: dict[str, int] = {}
         sizes: dict[str, int] = {}
         # A task for each token: spreading those of the rows has no fake counterpart.
@@ -168,19 +169,23 @@ class FakeMerge:
             counter = stack.enter_context(_Flops())
             live = stack.enter_context(LiveBytes().ignore([*fixed, *inputs.values(), tasks]))
             for name, block in blocks.items():
-                stack.enter_context(_growth(block, name, live, grown, sizes))
+                stack.enter_context(_growth(block, name, live, before, grown, sizes))
             loss = driver.forward(inputs, TokenBatch(tasks))
             if loss is None:
                 raise MergeError(f"no target module runs in a forward pass over {', '.join(inputs)}")
             kept = live.now
+            # The pass ends inside of the last block that it needs: what comes after a block does not run.
+            grown |= {name: kept - was for name, was in before.items() if name not in grown}
             loss.backward()
             installation.monitor.clear()
-        rest = sum((count - 1) * grown[name] for name, (_, count) in self._kinds.items())
+        # Behind the last target nothing runs.
+        ran = {name: kind for name, kind in self._kinds.items() if name in grown}
+        rest = sum((count - 1) * grown[name] for name, (_, count) in ran.items())
         return Footprint(
             kept=kept + rest,
             peak=live.peak + rest,
-            inputs=sum(count * sizes[name] for name, (_, count) in self._kinds.items()),
-            blocks={first: (count, grown[name]) for name, (first, count) in self._kinds.items()},
+            inputs=sum(count * sizes[name] for name, (_, count) in ran.items()),
+            blocks={first: (count, grown[name]) for name, (first, count) in ran.items()},
             flops=counter.total,
         )
 
@@ -222,21 +227,26 @@ def _single_sequences() -> Iterator[None]:
 
 @contextmanager
 def _growth(
-    block: nn.Module, name: str, live: LiveBytes, grown: dict[str, int], sizes: dict[str, int]
+    block: nn.Module,
+    name: str,
+    live: LiveBytes,
+    before: dict[str, int],
+    grown: dict[str, int],
+    sizes: dict[str, int],
 ) -> Iterator[None]:
-    """Notes how many more bytes are alive after a block than before, and the bytes of its input."""
+    """Notes the bytes alive before a block, how many more are after it, and the bytes of its input."""
 
-    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        grown[name] = -live.now
+    def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        before[name] = live.now
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         sizes[name] = 0 if first is None else first.numel() * first.element_size()
 
-    def after(*_: Any) -> None:
-        grown[name] += live.now
+    def leave(*_: Any) -> None:
+        grown[name] = live.now - before[name]
 
     handles = [
-        block.register_forward_pre_hook(before, with_kwargs=True),
-        block.register_forward_hook(after),
+        block.register_forward_pre_hook(enter, with_kwargs=True),
+        block.register_forward_hook(leave),
     ]
     try:
         yield
@@ -265,8 +275,9 @@ def _shorten(
         first: dict[tuple, int] = {}
         chosen: list[tuple[str, nn.Module, int]] = []
         layers = getattr(getattr(model, "config", None), "layer_types", None)
+        last = max((i for i, (path, _) in enumerate(blocks) if _inside(path, targets)), default=-1)
         for i, (path, block) in enumerate(blocks):
-            inside = [m for m in modules if m.startswith(f"{path}.") or m == path]
+            inside = _inside(path, modules)
             key = (
                 type(block),
                 tuple((name, p.shape) for name, p in block.named_parameters()),
@@ -276,6 +287,7 @@ def _shorten(
                 # The input of the first adapted block needs no gradient; the last block is left early.
                 adapted,
                 i == len(blocks) - 1,
+                i > last,
             )
             adapted = adapted or bool(inside)
             if key in first:
@@ -301,6 +313,11 @@ def _shorten(
             container.add_module(str(j), block)
             kinds[f"{stack}.{j}".lstrip(".")] = path, count
     return kinds, moved
+
+
+def _inside(path: str, modules: Sequence[str]) -> list[str]:
+    """Those of the modules that are in the block at ``path``."""
+    return [m for m in modules if m.startswith(f"{path}.") or m == path]
 
 
 def _fill(model: nn.Module) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from .adapters.source import beside_others
 from .errors import MergeError
 from .quantised import INSTALL, check_installed, keep_differentiable, quantisation_config, quantised_by
 from .recipe import BaseSpec
@@ -112,9 +114,19 @@ def base_skeleton(spec: BaseSpec, modules: Iterable[str], *, task_type: str | No
     import transformers
 
     options = _options(spec)
+    if spec.path.startswith((".", "~", "/")) and not Path(spec.path).expanduser().exists():
+        raise MergeError(f"base model {spec.path!r} cannot be read: there is no such folder; check the path")
+    # Most likely a slip of the pen: no waiting for the hub.
+    offline = {"local_files_only": True} if beside_others(spec.path) else {}
     try:
-        config = transformers.AutoConfig.from_pretrained(spec.path, **options)
+        config = transformers.AutoConfig.from_pretrained(spec.path, **options, **offline)
     except (OSError, ValueError) as error:
+        if offline:
+            raise MergeError(
+                f"base model {spec.path!r} cannot be read: there is no such folder, and it is not in the "
+                "hub's local cache; check the path, or, if it is an id on the hub, fetch it with "
+                f"'hf download {spec.path}'"
+            ) from error
         raise MergeError(f"base model {spec.path!r} cannot be read: {error}") from error
     wanted = list(modules)
     # Before the guesses, the class that the checkpoint was saved from.

@@ -22,6 +22,7 @@ from .adapters import (
     module_shapes,
     read_adapter,
 )
+from .adapters.tensors import ModulesToSave
 from .batches import Batch
 from .checkpoint import Checkpoints, digest
 from .checks import check_needs, check_one_model, check_predictions, check_processes, check_shardable
@@ -36,7 +37,7 @@ from .methods import MergeInputs
 from .parameters import Strict
 from .processes import Processes
 from .quantised import check_installed, keep_differentiable
-from .recipe import AdapterSpec, BaseSpec, Recipe
+from .recipe import AdapterSpec, BaseSpec, Recipe, parameters_of
 from .result import MergeResult
 from .sharding import shard
 
@@ -54,6 +55,7 @@ def merge_adapters(
     base_name: str | None = None,
     seed: int = 0,
     impl: str = "auto",
+    modules_to_save: ModulesToSave = "error",
     on_step: Callable[[StepRecord], None] | None = None,
     checkpoints: Checkpoints | None = None,
     processes: Processes | None = None,
@@ -71,6 +73,8 @@ def merge_adapters(
             the adapters do.
         seed: of everything random.
         impl: "auto", "triton" or "torch".
+        modules_to_save: what to do about modules that an adapter trained whole, as of ``read_adapter``. Of
+            those in ``adapters`` that are read already it was decided there.
         on_step: called after each optimisation step.
         checkpoints: where an optimisation is kept, and whether it goes on from there after an interruption;
             ``checkpoints.clear()`` when the result is written.
@@ -84,15 +88,17 @@ def merge_adapters(
 
     Raises:
         AdapterError: an adapter that cannot be merged, or does not fit the base model.
-        MergeError: a method's needs that are not met.
+        RecipeError: parameters that the method does not have.
+        MergeError: a method's needs that are not met, or data that are no batches.
     """
     if not adapters:
         raise MergeError("there is no adapter to merge")
     chosen = methods.get(method)
     if not isinstance(parameters, Strict):
-        parameters = chosen.parameters(**(parameters or {}))
+        parameters = parameters_of(method, parameters or {})
     check_needs(chosen, base_model is not None, data)
-    read = {t: a if isinstance(a, Adapter) else read_adapter(a, name=t) for t, a in adapters.items()}
+    whole = {"modules_to_save": modules_to_save}
+    read = {t: a if isinstance(a, Adapter) else read_adapter(a, name=t, **whole) for t, a in adapters.items()}
     if base_model is not None:
         check_predictions(parameters, read, base_model)
     prepared = prepare(
@@ -278,11 +284,11 @@ def check_inputs(recipe: Recipe) -> tuple[dict[str, Adapter], BaseSpec]:
     base = recipe.base_model or BaseSpec(path=name)
     check_installed(base)
     data = {spec.name: spec.data for spec in recipe.adapters if spec.data is not None}
-    check_needs(method, True, data)
+    check_needs(method, True, data if method.needs_data else None)
     for spec in recipe.adapters:
         if method.needs_data and spec.data is None:
             raise MergeError(f"adapter {spec.name!r} has no data, which method {method.name!r} needs")
-        if spec.data is not None:
+        if method.needs_data:
             check_data(spec.name, spec.data, recipe.seed)
     check_tokenizers(adapter_folders(recipe))
     check_predictions(parameters, adapters)
@@ -337,6 +343,8 @@ def prepare_recipe(
     if methods.get(recipe.merge_method).needs_data:
         on_stage("reading data")
         data, notices = read_data(recipe, base, common_task_type(adapters.values()))
+    elif any(spec.data is not None for spec in recipe.adapters):
+        notices = [f"method {recipe.merge_method!r} uses no data: those of the recipe are not read"]
     weights = {s.name: s.parameters.weight for s in recipe.adapters if s.parameters.weight is not None}
     prepared = prepare(
         model,

@@ -20,7 +20,8 @@ class Scope(Strict):
     """Target modules: whose null-space ratio enters the loss (see ``nsc_fast.targets``)."""
 
     filter: str | tuple[str, ...] | None = None
-    layers: str = "last_quarter"
+    # YAML reads the number of a single block as one.
+    layers: str = Field("last_quarter", coerce_numbers_to_str=True)
 
 
 class EarlyStopping(Strict):

@@ -307,6 +307,11 @@ def workload(recipe: Recipe) -> Workload:
         base = BaseSpec(path=name)
     modules = list(dict.fromkeys(m for own in ranks.values() for m in own))
     skeleton = base_skeleton(base, modules, task_type=types.pop() if len(types) == 1 else None).model
+    if getattr(skeleton.config, "is_encoder_decoder", False):
+        raise MergeError(
+            f"memory cannot be planned for {type(skeleton).__name__}, which has an encoder and a decoder; "
+            "leave --max-memory out, and set micro_batch and checkpointing yourself"
+        )
     dtype = _dtype(base, skeleton)
     skeleton.to(dtype)
     order = [name for name, _ in skeleton.named_modules()]

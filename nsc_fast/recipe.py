@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -24,6 +25,7 @@ __all__ = [
     "Recipe",
     "load_recipe",
     "make_recipe",
+    "parameters_of",
     "read_content",
     "template_columns",
 ]
@@ -268,6 +270,12 @@ class Recipe(Strict):
     modules_to_save: Literal["error", "drop", "keep-separate", "merge-dense"] = "error"
     seed: int = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_absent(cls, value: Any) -> Any:
+        # In YAML a key with nothing behind it is null.
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
     @field_validator("base_model", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
@@ -287,12 +295,17 @@ class Recipe(Strict):
         Raises:
             RecipeError: unknown method, or parameters that it does not have.
         """
-        from . import methods
+        return parameters_of(self.merge_method, self.parameters)
 
-        try:
-            return methods.get(self.merge_method).parameters(**self.parameters)
-        except ValidationError as error:
-            raise RecipeError(_readable(error, f"parameters of {self.merge_method!r}")) from error
+
+def parameters_of(method: str, content: Mapping[str, Any]) -> Strict:
+    """Parameters of a method, validated; errors as of :meth:`Recipe.method_parameters`."""
+    from . import methods
+
+    try:
+        return methods.get(method).parameters.model_validate(dict(content))
+    except ValidationError as error:
+        raise RecipeError(_readable(error, f"parameters of {method!r}")) from error
 
 
 def load_recipe(path: str | os.PathLike[str], **changes: Any) -> Recipe:

@@ -19,15 +19,22 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import methods
-from .adapters import Adapter, check_against_model, fit_to_model, module_shapes, read_adapter, write_lora
+from .adapters import (
+    Adapter,
+    check_against_model,
+    common_task_type,
+    fit_to_model,
+    module_shapes,
+    read_adapter,
+    write_lora,
+)
 from .apply import LORA, plan_full
 from .errors import MergeError
 from .factors import LowRankUpdate, canonical
@@ -35,7 +42,8 @@ from .layers import stack_adapters
 from .loading import load_base
 from .methods import MergeInputs
 from .outputs import applied, outputs, outputs_with_peft, outputs_with_updates, probe
-from .recipe import BaseSpec
+from .recipe import AdapterSpec, BaseSpec, Recipe, parameters_of
+from .report.record import Record, Summary, read_record
 
 __all__ = [
     "Check",
@@ -124,33 +132,31 @@ def verify_folder(
     what PEFT makes of it. Of a full model its files are checked, too.
 
     Raises:
-        MergeError: the folder was not written by a merge, or its sources are gone.
+        MergeError: the folder was not written by a merge, a file in it is damaged, or its sources are gone.
     """
     folder = Path(out)
-    summary_file = folder / "nsc_fast" / "merge.json"
-    if not summary_file.is_file():
+    if not (folder / "nsc_fast" / "merge.json").is_file():
         raise MergeError(f"{folder}: no nsc_fast/merge.json; verify needs a folder that `merge` wrote")
-    summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    recipe_file = folder / "nsc_fast" / "config.resolved.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else {}
-    adapters = _sources(summary, recipe)
-    types = {adapter.task_type for adapter in adapters.values()}
-    base = BaseSpec(path=base_model or summary["base_model"], trust_remote_code=trust_remote_code)
+    record = read_record(folder)
+    recipe = _recipe(folder, record)
+    adapters = _sources(record.summary, recipe)
+    base = _base(recipe, record.summary, base_model, trust_remote_code)
     lora = folder / LORA if (folder / LORA).is_dir() else folder
-    model = load_base(
-        base,
-        list(dict.fromkeys(m for adapter in adapters.values() for m in adapter.modules)),
-        task_type=types.pop() if len(types) == 1 else None,
-        device=device,
-    )
+    modules = dict.fromkeys(m for adapter in adapters.values() for m in adapter.modules)
+    try:
+        model = load_base(base, modules, task_type=common_task_type(adapters.values()), device=device)
+    except MergeError as error:
+        if base_model is not None:
+            raise
+        raise MergeError(f"{error}. If the base model has moved, name it with --base-model") from error
     adapters = {task: fit_to_model(adapter, model) for task, adapter in adapters.items()}
     check_against_model(adapters.values(), model)
-    updates = _again(folder, summary, recipe, adapters)
+    updates = _again(folder, record.summary, recipe, adapters)
     if updates is not None:
         checks = verify_output(lora, updates, model, adapters=adapters)
     else:
         written = read_adapter(lora, name="merged", modules_to_save="drop").canonical()
-        told = f"; method {summary['method']!r} cannot run again without data: the folder against itself"
+        told = f"; method {record.summary.method!r} cannot run again without data: the folder against itself"
         checks = [
             replace(check, detail=check.detail + told) if check.name == "reload" else check
             for check in verify_output(lora, written, model, adapters=adapters)
@@ -211,22 +217,54 @@ def verify_full_model(
     return _compare("full model", got, expected, limit, "outputs against PEFT's merge_and_unload")
 
 
-def _sources(summary: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Adapter]:
+def _recipe(folder: Path, record: Record) -> Recipe | None:
+    """The resolved recipe; None where an older version wrote none."""
+    if not record.recipe:
+        return None
+    try:
+        return Recipe.model_validate(record.recipe)
+    except ValidationError as error:
+        raise MergeError(
+            f"{folder / 'nsc_fast' / 'config.resolved.yaml'} is damaged: {error.errors()[0]['msg']} at "
+            f"{'.'.join(map(str, error.errors()[0]['loc']))}; restore it from a copy, or merge again"
+        ) from error
+
+
+def _base(recipe: Recipe | None, summary: Summary, path: str | None, trust_remote_code: bool) -> BaseSpec:
+    """The base model as it was loaded for the merge, or at another place.
+
+    The word of the folder is not enough to run code, and one process shards nothing.
+    """
+    told = {"trust_remote_code": trust_remote_code, "shard": False}
+    if path is not None:
+        told |= {"path": path, "revision": None, "subfolder": None}
+    if recipe is not None and recipe.base_model is not None:
+        return recipe.base_model.model_copy(update=told)
+    if not (path or summary.base_model):
+        raise MergeError("nsc_fast/merge.json names no base model: say which with --base-model")
+    return BaseSpec(**{"path": summary.base_model, **told})
+
+
+def _sources(summary: Summary, recipe: Recipe | None) -> dict[str, Adapter]:
     """The merged adapters, if they are still the same."""
-    specs = {spec["name"]: spec for spec in recipe.get("adapters", ())}
+    specs = {} if recipe is None else {spec.name: spec for spec in recipe.adapters}
     adapters = {}
-    for task in summary["tasks"]:
-        source = summary["sources"][task]
-        spec = specs.get(task, {"path": source["source"]})
-        where = {key: spec.get(key) for key in ("revision", "subfolder")}
-        adapters[task] = read_adapter(spec["path"], name=task, modules_to_save="drop", **where)
-        if adapters[task].digest != source["digest"]:
-            raise MergeError(f"adapter {task!r} at {source['source']} is not the one that was merged")
+    for task in summary.tasks:
+        if (source := summary.sources.get(task)) is None:
+            raise MergeError(
+                f"nsc_fast/merge.json is damaged: no source of task {task!r}; restore it from a copy, or "
+                "merge again"
+            )
+        spec = specs.get(task) or AdapterSpec(name=task, path=source.source)
+        where = {"revision": spec.revision, "subfolder": spec.subfolder}
+        adapters[task] = read_adapter(spec.path, name=task, modules_to_save="drop", **where)
+        if adapters[task].digest != source.digest:
+            raise MergeError(f"adapter {task!r} at {source.source} is not the one that was merged")
     return adapters
 
 
 def _again(
-    folder: Path, summary: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Mapping[str, Adapter]
+    folder: Path, summary: Summary, recipe: Recipe | None, adapters: Mapping[str, Adapter]
 ) -> Mapping[str, LowRankUpdate] | None:
     """The merged update, from the coefficients or by the method; None where only data would give it."""
     updates = {task: adapter.canonical() for task, adapter in adapters.items()}
@@ -235,17 +273,17 @@ def _again(
         coefficients = load_file(str(tensors_file))
         stacks = stack_adapters(updates)
         return {module: stacked.merged(coefficients[module]) for module, stacked in stacks.items()}
-    method = methods.get(summary["method"])
+    method = methods.get(summary.method)
     if method.needs_data:
         return None
-    weights = {spec["name"]: spec.get("parameters", {}).get("weight") for spec in recipe.get("adapters", ())}
+    weights = {} if recipe is None else {s.name: s.parameters.weight for s in recipe.adapters}
     inputs = MergeInputs(
         updates=updates,
         factors={task: adapter.modules for task, adapter in adapters.items()},
         weights={task: weight for task, weight in weights.items() if weight is not None},
-        seed=recipe.get("seed", 0),
+        seed=0 if recipe is None else recipe.seed,
     )
-    return method.run(inputs, method.parameters(**summary["parameters"])).updates
+    return method.run(inputs, parameters_of(method.name, summary.parameters)).updates
 
 
 def _weights_check(

@@ -258,6 +258,39 @@ def test_dry_run_prints_the_plan(tmp_path, recipe):
     assert "computed, not measured" in words
 
 
+@pytest.mark.parametrize("recompute", ["never", "always"])
+def test_every_block_that_runs_keeps_something(recompute):
+    for layers, ran in (("last_quarter", 6), ("2", 3), ("all", 6)):
+        skeleton = small_llama("meta")
+        names = names_of(skeleton)
+        ranks = {"t0": dict.fromkeys(names, RANK)}
+        targets = select_targets(names, layers=layers)
+        counted = FakeMerge(skeleton, ranks, targets).run(2, 16, recompute)
+        assert sum(count for count, _ in counted.blocks.values()) == ran
+        assert all(size > 0 for _, size in counted.blocks.values()), counted.blocks
+
+
+def test_dry_run_names_blocks_in_words(tmp_path, recipe):
+    words = " ".join(merge(tmp_path, recipe, "--max-memory", "24GB").output.split())
+    assert " keeps " in words and "and 0 more" not in words and "-" not in words.split("keeps", 1)[1][:20]
+
+
+def test_encoder_decoder_is_refused_by_name(tmp_path, recipe):
+    from peft import LoraConfig, get_peft_model
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2, vocab_size=30)
+    base = T5ForConditionalGeneration(config)
+    base.save_pretrained(tmp_path / "t5")
+    lora = LoraConfig(r=2, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    get_peft_model(base, lora).save_pretrained(tmp_path / "a")
+    recipe["adapters"][0]["path"] = str(tmp_path / "a")
+    recipe = {"base_model": str(tmp_path / "t5"), "adapters": recipe["adapters"][:1]}
+    done = merge(tmp_path, recipe, "--max-memory", "24GB")
+    assert done.exit_code == 3
+    assert "T5ForConditionalGeneration, which has an encoder and a decoder" in " ".join(done.output.split())
+
+
 def test_quantised_base_takes_less(tmp_path, recipe):
     plain = workload(make_recipe(recipe, where="test"))
     linear = [m.weight.numel() for m in plain.skeleton.model.modules() if isinstance(m, nn.Linear)]

@@ -26,7 +26,9 @@ __all__ = [
     "CONFIG",
     "WEIGHTS",
     "AdapterFiles",
+    "beside_others",
     "digest_of",
+    "is_hub_id",
     "locate",
     "read_config",
     "read_headers",
@@ -82,10 +84,24 @@ def locate(
         return _local(folder / subfolder if subfolder else folder, name)
     if folder.is_file():
         raise _refused(name, f"path {source!r}", "is a file", "give the folder that holds it")
-    if isinstance(path, Path) or not _HUB_ID.fullmatch(source):
+    if isinstance(path, Path) or not is_hub_id(source):
         raise _refused(name, f"folder {source!r}", "does not exist", "check the path")
+    if beside_others(source):
+        # Most likely a slip of the pen: no waiting for the hub.
+        offline = True
     files = [_download(source, file, name, revision, subfolder, offline) for file in (CONFIG, WEIGHTS)]
     return AdapterFiles(name, source if not subfolder else f"{source}/{subfolder}", *files)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be ``owner/name`` on the hub."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".")
+
+
+def beside_others(path: str) -> bool:
+    """Whether what may be a hub id looks like a path that does not exist, because its first part does."""
+    where = Path(path)
+    return not where.exists() and len(where.parts) > 1 and where.parent.is_dir()
 
 
 def _refused(name: str, subject: str, reason: str, way_out: str) -> AdapterError:
@@ -147,8 +163,9 @@ def _download(
         raise _refused(
             name,
             subject,
-            "there is no such folder, and the file is not in the hub's local cache",
-            "check the path, go online without HF_HUB_OFFLINE, or fetch it with 'hf download'",
+            "does not exist: there is no such folder, and it is not in the hub's local cache",
+            "check the path, go online without HF_HUB_OFFLINE, or, if it is an id on the hub, fetch it with "
+            f"'hf download {repo}'",
         ) from error
     except EntryNotFoundError as error:
         way_out = "check subfolder and revision"

@@ -45,6 +45,7 @@ _TIED_NAMES = (
     "embed_in",
     "embed_out",
 )
+_POLICY = "say it in the recipe or in Python, or with merge --modules-to-save"
 _AGAIN = "save the adapter again with PEFT's model.save_pretrained(folder)"
 
 # Keys that are not ours to merge, the most specific first: pattern, what it is, way out.
@@ -141,8 +142,8 @@ def examine(
                 _tensor(
                     key,
                     "the file carries the base's embedding, which would be replaced, not added",
-                    "if it was neither trained nor resized, leave it out with modules_to_save=drop, or "
-                    "save the adapter again with save_embedding_layers=False",
+                    "if it was neither trained nor resized, leave it out with modules_to_save=drop "
+                    f"({_POLICY}), or save the adapter again with save_embedding_layers=False",
                 )
             )
         else:
@@ -275,9 +276,9 @@ def _judge_heads(config: Mapping[str, Any], found: Examination, policy: ModulesT
             Problem(
                 subject,
                 "whole modules were trained as well and are replaced, not added",
-                "modules_to_save=keep-separate keeps them beside the merge, one per adapter; "
-                "modules_to_save=drop leaves them out; modules_to_save=merge-dense merges their differences "
-                "to the base (not of heads)",
+                f"choose modules_to_save ({_POLICY}): keep-separate keeps them beside the merge, one per "
+                "adapter; drop leaves them out; merge-dense merges their differences to the base (not of "
+                "heads)",
             )
         )
     elif policy in ("keep-separate", "merge-dense") and not found.heads:
@@ -285,7 +286,7 @@ def _judge_heads(config: Mapping[str, Any], found: Examination, policy: ModulesT
             Problem(
                 subject,
                 "the file holds no tensor of these modules",
-                "get the complete weights, or leave them out with modules_to_save=drop",
+                f"get the complete weights, or leave them out with modules_to_save=drop ({_POLICY})",
             )
         )
     elif policy == "drop" and found.heads:

@@ -174,7 +174,6 @@ def test_merged_layers_give_the_same_as_the_written_update(merged, workshop):
         ({"parameters": {"scope": {"layers": "7-9"}}}, ValueError, "has blocks 0 to 3"),
         ({"parameters": {"scope": {"filter": "up_proj"}}}, MergeError, "'one' adapts none of the 1 target"),
         ({"parameters": {"learning_rate": 1e30}}, MergeError, "is not a number"),
-        ({"merge_method": "uniform", "parameters": {}}, MergeError, "uses no data"),
     ],
 )
 def test_bad_input_is_refused_by_name(workshop, other_bases, change, error, message):
@@ -203,6 +202,12 @@ def test_an_adapter_without_data_is_named_before_the_model_is_loaded(workshop):
     del content["adapters"][1]["data"]
     with pytest.raises(MergeError, match="adapter 'two' has no data"):
         check_inputs(make_recipe({**content, "base_model": "nowhere"}, where="here"))
+
+
+def test_data_that_a_method_does_not_use_are_refused_in_python(workshop):
+    data = {"one": [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}]}
+    with pytest.raises(MergeError, match="uses no data"):
+        merge_adapters(None, {"one": workshop / "a0"}, data=data, method="uniform")
 
 
 def test_nothing_to_merge():
