@@ -44,9 +44,11 @@ PAPER = {"steps": 100, "learning_rate": 1e-3, "init": 0.4}
 BASE = "base, no adapter"
 NSC = "NSC"
 AUTO = "auto"
-AUTO_STEPS = 45
+AUTO_STEPS = 40
 """Of the optimisation inside ``auto``: fewer than its default, which takes minutes on two cores."""
-BATCH = 8
+BATCH = {NSC: 4, AUTO: 8}
+"""Unlabeled rows of a task in a step. These, ``AUTO_STEPS`` and ``TEST_ROWS`` bound the demo's time."""
+TEST_ROWS = 200
 SEED = 0
 
 
@@ -77,9 +79,9 @@ class Calibration:
     padding. Not a list, because the order of a list is shuffled anew for each task.
     """
 
-    def __init__(self, task: Task, tokenizer: Any, *, rows: int | None = None) -> None:
+    def __init__(self, task: Task, tokenizer: Any, batch: int, *, rows: int | None = None) -> None:
         examples = encode(task, tokenizer, task.rows("unlabeled")[:rows])
-        chosen = list(batches([len(e["input_ids"]) for e in examples], BATCH))
+        chosen = list(batches([len(e["input_ids"]) for e in examples], batch))
         random.Random(SEED).shuffle(chosen)
         self.rows = len(examples)
         self._batches = [collate([examples[i] for i in index]) for index in chosen]
@@ -95,7 +97,7 @@ def run(
     out: Path | None = None,
     *,
     console: Console | None = None,
-    test_rows: int | None = None,
+    test_rows: int | None = TEST_ROWS,
     steps: int | None = None,
 ) -> DemoResult:
     """Runs the demo and prints its tables.
@@ -104,7 +106,7 @@ def run(
         out: writes the merged adapter there, with the heads of the tasks under ``heads/``. Must not
             exist, or be an empty folder.
         console: where to print; default: the terminal.
-        test_rows: uses only so many test rows per task; default: all.
+        test_rows: uses only so many test rows per task; None: all.
         steps: of null-space compression and of ``auto``; default: the paper's and
             ``AUTO_STEPS``.
 
@@ -128,9 +130,12 @@ def run(
             test_set(task, load_head(task), encoder.tokenizer, task.rows("test")[:test_rows])
             for task in TASKS
         ]
-        data = {task.name: Calibration(task, encoder.tokenizer) for task in TASKS}
+        data = {
+            name: {task.name: Calibration(task, encoder.tokenizer, batch) for task in TASKS}
+            for name, batch in BATCH.items()
+        }
     console.print(
-        f"{BASE_MODEL}: {len(TASKS)} adapters, {data[TASKS[0].name].rows} unlabeled rows and "
+        f"{BASE_MODEL}: {len(TASKS)} adapters, {data[AUTO][TASKS[0].name].rows} unlabeled rows and "
         f"{tests[0].rows} test rows per task"
     )
 
@@ -139,7 +144,7 @@ def run(
     merges = {}
     for name in (NSC, AUTO):
         with clock(f"{name} merge"):
-            merges[name] = _merge(encoder.model, adapters, data, name, steps, console)
+            merges[name] = _merge(encoder.model, adapters, data[name], name, steps, console)
         with clock("evaluation"):
             result.scores[name] = _score(encoder.model, merges[name].updates, tests, name, console)
     result.nsc, result.merged = merges[NSC], merges[AUTO]

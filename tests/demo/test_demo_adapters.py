@@ -125,7 +125,7 @@ def test_no_rows_is_an_error(encoder):
 
 
 def test_calibration_batches_of_all_tasks_are_of_like_length(encoder):
-    data = [list(Calibration(task, encoder.tokenizer, rows=64)) for task in TASKS]
+    data = [list(Calibration(task, encoder.tokenizer, 8, rows=64)) for task in TASKS]
     assert {len(found) for found in data} == {8}
     keys = {"input_ids", "token_type_ids", "attention_mask"}
     assert all(set(batch) == keys for found in data for batch in found)
@@ -135,6 +135,6 @@ def test_calibration_batches_of_all_tasks_are_of_like_length(encoder):
 
 
 def test_calibration_can_be_iterated_again_in_the_same_order(encoder):
-    data = Calibration(TASKS[0], encoder.tokenizer, rows=32)
+    data = Calibration(TASKS[0], encoder.tokenizer, 8, rows=32)
     assert len(data) == 4
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(data, data, strict=True))
