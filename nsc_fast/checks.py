@@ -28,7 +28,6 @@ __all__ = [
 
 def check_needs(method: Method, has_model: bool, data: Mapping[str, Any] | None) -> None:
     """Whether the method gets what it needs, and data only where it uses them."""
-    check_batches(data)
     if method.needs_data and not (has_model and data):
         raise MergeError(
             f"method {method.name!r} needs the base model and unlabeled data of every task; give them, or "

@@ -152,16 +152,15 @@ def add_merge(app: typer.Typer, errors: Callable[[], AbstractContextManager[None
                 from .cli_plan import planned
 
                 loaded = planned(loaded, max_memory, own)
-            if dry_run:
+            full = loaded.output.kind == "full"
+            if dry_run or (first and full):
                 adapters, base = check_inputs(loaded)
-                if loaded.output.kind == "full" and Path(base.path).expanduser().is_dir():
+                # Also what only the files of the base tell, before anything long; not fetched to look.
+                if full and (not dry_run or Path(base.path).expanduser().is_dir()):
                     _check_full(loaded, base, adapters, out or Path.cwd() / "full", overwrite)
+            if dry_run:
                 console.print("ok: recipe, adapters and data can be read")
                 return
-            if first and loaded.output.kind == "full":
-                # Also what only the files of the base tell, before anything long.
-                adapters, base = check_inputs(loaded)
-                _check_full(loaded, base, adapters, out, overwrite)
             steps = int(loaded.method_parameters().model_dump().get("steps", 0))
             with progress(steps) as (on_stage, on_step):
                 result, model = run_recipe(
@@ -180,7 +179,7 @@ def add_merge(app: typer.Typer, errors: Callable[[], AbstractContextManager[None
             if first and verify:
                 checks = _verify(loaded, result, model, lora)
                 del model
-                if loaded.output.kind == "full":
+                if full:
                     checks += _verify_full(result, out, own)
                 if not print_checks(checks):
                     raise typer.Exit(unverified)

@@ -139,8 +139,8 @@ class Driver:
             for group in self._siblings:
                 group.forget()
         if self.levels:
-            share = zip(monitor.tasks, monitor.preferences, strict=True)
-            total = sum(pi * ratios.get(t, 0.0) for t, pi in share)
+            preferences = zip(monitor.tasks, monitor.preferences, strict=True)
+            total = sum(pi * ratios.get(t, 0.0) for t, pi in preferences)
         return total, ratios
 
     @property
@@ -180,8 +180,7 @@ class Driver:
         monitor = self.installation.monitor
         self._kind = frozenset(inputs)
         monitor.begin(tokens)
-        with suppress(EndOfPass):
-            self._runner(**inputs, **self._options)
+        self._run(inputs)
         monitor.end()
         return monitor.loss
 
@@ -192,17 +191,16 @@ class Driver:
         shared layers run more than once) and which layers receive the same activations. All passes that
         count are then computed in the same way, those after a resumption too.
         """
-
-        def run() -> None:
-            with suppress(EndOfPass):
-                self._runner(**inputs, **self._options)
-
         monitor = self.installation.monitor
         monitor.begin(tokens)
         self._kind, monitor.latest = frozenset(inputs), ""
-        self._siblings += share(self.model, run)
+        self._siblings += share(self.model, lambda: self._run(inputs))
         self._expected[self._kind] = monitor.latest, monitor.calls(monitor.latest)
         monitor.clear()
+
+    def _run(self, inputs: dict[str, Tensor]) -> None:
+        with suppress(EndOfPass):
+            self._runner(**inputs, **self._options)
 
     def _backward(self, loss: Tensor | None) -> float:
         if loss is None:

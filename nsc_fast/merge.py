@@ -25,7 +25,14 @@ from .adapters import (
 from .adapters.tensors import ModulesToSave
 from .batches import Batch
 from .checkpoint import Checkpoints, digest
-from .checks import check_needs, check_one_model, check_predictions, check_processes, check_shardable
+from .checks import (
+    check_batches,
+    check_needs,
+    check_one_model,
+    check_predictions,
+    check_processes,
+    check_shardable,
+)
 from .data import adapter_folders, check_data, check_tokenizers, read_data
 from .dense import dense_applied, merge_dense
 from .driver import StepRecord
@@ -96,6 +103,7 @@ def merge_adapters(
     chosen = methods.get(method)
     if not isinstance(parameters, Strict):
         parameters = parameters_of(method, parameters or {})
+    check_batches(data)
     check_needs(chosen, base_model is not None, data)
     whole = {"modules_to_save": modules_to_save}
     read = {t: a if isinstance(a, Adapter) else read_adapter(a, name=t, **whole) for t, a in adapters.items()}

@@ -190,13 +190,16 @@ def obstacle(runner: nn.Module, options: Mapping[str, Any], batches: Sequence[Ba
         return "it has an encoder and a decoder"
     if "position_ids" not in inspect.signature(runner.forward).parameters:
         return "it takes no position ids"
+    found = []
     for batch in batches:
         if not set(batch) <= _PACKABLE or "input_ids" not in batch:
             return f"the batches hold {', '.join(sorted(set(batch)))}, not token ids and a mask alone"
-        if pack({0: batch}) is None:
+        row = pack({0: batch})
+        if row is None:
             return f"a batch does not fit ({_UNPACKED})"
-    # Packed rows hold no padding.
-    tokens = torch.cat([pack({0: b})[0]["input_ids"][0, : sum(_PROBE)] for b in batches]).unique()
+        # Packed rows hold no padding.
+        found.append(row[0]["input_ids"][0, : sum(_PROBE)])
+    tokens = torch.cat(found).unique()
     if len(tokens) < 2:
         return "the data are too few to try it"
     ids = tokens.repeat(-(-sum(_PROBE) // len(tokens)))[: sum(_PROBE)]
@@ -272,11 +275,15 @@ class Passes:
             moved[tasks.index(task)] = {key: value.to(device) for key, value in batch.items()}
         if self.packed is None:
             self.packed = self.packing != "never" and self._packs(list(moved.values()))
-        how = {"together": self.together, "micro_batch": self.micro_batch, "packed": self.packed}
-        how["insist"] = self.packing == "always"
-        if wholes is not None:
-            how["wholes"] = {tasks.index(task): one for task, one in wholes.items()}
-        return passes(moved, device, **how)
+        return passes(
+            moved,
+            device,
+            together=self.together,
+            micro_batch=self.micro_batch,
+            packed=self.packed,
+            insist=self.packing == "always",
+            wholes=None if wholes is None else {tasks.index(task): one for task, one in wholes.items()},
+        )
 
     def _packs(self, batches: Sequence[Batch]) -> bool:
         reason = obstacle(self.runner, self.options, batches)

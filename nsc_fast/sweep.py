@@ -25,7 +25,7 @@ import yaml
 from torch import nn
 
 from . import methods
-from .batches import Batch, token_mask, without_labels
+from .batches import Batch, token_batch, without_labels
 from .coefficients import block_of
 from .data import check_data, read_data
 from .errors import MergeError, RecipeError
@@ -285,10 +285,9 @@ def _task_ratio(loss: NSCLoss, model: nn.Module, task: str, batches: Iterable[Ba
     total = tokens = 0.0
     for batch in batches:
         moved = {key: value.to(device) for key, value in batch.items()}
-        mask = token_mask(moved)
+        masks = token_batch(moved, 0, device)
         # A decoder without inputs of its own is given those of the encoder.
-        own = any(key.startswith("decoder_") for key in moved)
-        decoder_mask = token_mask(moved, "decoder_attention_mask") if own else mask
+        mask, decoder_mask = masks.mask, masks.decoder_mask if masks.decoder else masks.mask
         with loss.watch(model, task, mask, decoder_mask=decoder_mask) as seen:
             model(**moved)
         weight = float(next(iter(moved.values())).shape[0] if mask is None else mask.sum())

@@ -181,8 +181,8 @@ def verify_stored(out: str | os.PathLike[str], base: BaseSpec) -> Check:
         MergeError: files that are missing or damaged.
     """
     folder = Path(out)
-    told = json.loads((folder / "nsc_fast" / "apply.json").read_text(encoding="utf-8"))
-    dtype = None if told["dtype"] == "auto" else getattr(torch, told["dtype"])
+    name = _stored_dtype(folder)
+    dtype = None if name == "auto" else getattr(torch, name)
     plan = plan_full(read_adapter(folder / LORA, modules_to_save="keep-separate"), base, dtype=dtype)
     value, where = plan.compare(folder)
     detail = f"{len(plan.entries)} tensors of the files against base plus LoRA, by the size of the update"
@@ -205,8 +205,7 @@ def verify_full_model(
     from peft import PeftModel
 
     adapter = read_adapter(lora, modules_to_save="keep-separate")
-    told = json.loads((Path(out) / "nsc_fast" / "apply.json").read_text(encoding="utf-8"))
-    base = base.model_copy(update={"dtype": told["dtype"]})
+    base = base.model_copy(update={"dtype": _stored_dtype(Path(out))})
     kind = {"modules": tuple(adapter.modules), "task_type": adapter.task_type, "device": device}
     model = load_base(base, **kind)
     inputs, limit = probe(model), _limit(model, adapter)
@@ -215,6 +214,12 @@ def verify_full_model(
     own = {"path": str(out), "revision": None, "subfolder": None, "dtype": "auto"}
     got = outputs(load_base(base.model_copy(update=own), **kind), inputs)
     return _compare("full model", got, expected, limit, "outputs against PEFT's merge_and_unload")
+
+
+def _stored_dtype(folder: Path) -> str:
+    """Of a full model's weights, as it was asked for: "auto" or the name of a dtype."""
+    told = json.loads((folder / "nsc_fast" / "apply.json").read_text(encoding="utf-8"))
+    return told["dtype"]
 
 
 def _recipe(folder: Path, record: Record) -> Recipe | None:

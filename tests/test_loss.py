@@ -4,7 +4,16 @@ import math
 import pytest
 import torch
 from compare import assert_same, error
-from tiny import Mlp, eager_loss, linear_names, random_adapters, random_factors, tiny_llama, token_batch
+from tiny import (
+    Mlp,
+    eager_loss,
+    linear_names,
+    module_inputs,
+    random_adapters,
+    random_factors,
+    tiny_llama,
+    token_batch,
+)
 from torch import nn
 from torch.func import functional_call
 
@@ -239,14 +248,7 @@ MODULES = [
 
 def eager_watch(model, batch, a):
     """Loss of what pre-hooks see, by the textbook; differentiable in the model's parameters."""
-    seen = {}
-    handles = [
-        model.get_submodule(m).register_forward_pre_hook(lambda _, args, m=m: seen.__setitem__(m, args[0]))
-        for m in a
-    ]
-    model(**batch)
-    for handle in handles:
-        handle.remove()
+    seen = module_inputs(model, a, batch)
     parts = {m: reference.ratio_loss(seen[m], x, batch["attention_mask"]) for m, x in a.items()}
     return sum(parts.values()) / len(parts), parts
 

@@ -1,12 +1,9 @@
 """NSCLoss in real models: which mask holds where, on which device, with checkpoints, and from any adapter."""
 
-from collections import Counter
-
 import pytest
 import torch
 from compare import error
-from tiny import linear_names, random_adapters, random_factors, tiny_llama, token_batch
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny import Ops, linear_names, module_inputs, random_adapters, random_factors, tiny_llama, token_batch
 
 import nsc_fast.loss
 from nsc_fast import reference
@@ -28,18 +25,6 @@ def tiny_t5():
 
 def downs(model, names):
     return {m: f[0] for m, f in random_adapters(model, names, {"t": 3})["t"].items()}
-
-
-def collect(model, names, batch):
-    seen = {}
-    handles = [
-        model.get_submodule(m).register_forward_pre_hook(lambda _, args, m=m: seen.__setitem__(m, args[0]))
-        for m in names
-    ]
-    model(**batch)
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 class TestShapes:
@@ -100,12 +85,12 @@ class TestEncoderDecoder:
         given = {"decoder_mask": decoder} if masked else {}
         with nsc.watch(model, "t", batch["attention_mask"], **given) as seen:
             model(**batch)
-        for m, z in collect(model, a, batch).items():
+        for m, z in module_inputs(model, a, batch).items():
             crossing = "EncDecAttention.v" in m
             mask = decoder if m.startswith("decoder") and not crossing else batch["attention_mask"]
             truth = reference.ratio_loss(z.double(), a[m], mask.double())
             assert error(seen.breakdown[m], truth.detach()) < 1e-5, m
-        called = nsc(collect(model, a, batch), task="t", mask=batch["attention_mask"], **given)
+        called = nsc(module_inputs(model, a, batch), task="t", mask=batch["attention_mask"], **given)
         assert torch.equal(called.detach(), seen.loss.detach())
 
     def test_a_decoder_alone_has_the_mask(self):
@@ -121,7 +106,7 @@ class TestEncoderDecoder:
         a = downs(model, [name])
         with NSCLoss({"t": a}).watch(model, "t", batch["attention_mask"]) as seen:
             model(**batch)
-        z = collect(model, a, batch)[name].double()
+        z = module_inputs(model, a, batch)[name].double()
         assert error(seen.loss, reference.ratio_loss(z, a[name], batch["attention_mask"].double())) < 1e-5
 
     @pytest.mark.parametrize("length", [1, 6])
@@ -188,17 +173,10 @@ class TestDevices:
 
 
 def test_the_mask_is_looked_at_once():
-    class Ops(TorchDispatchMode):
-        seen = Counter()
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.seen[function.overloadpacket.__name__] += 1
-            return function(*args, **(kwargs or {}))
-
     model = tiny_llama(blocks=3)
     batch = token_batch(2, 6, seed=0, padding=2)
     nsc = NSCLoss({"t": downs(model, linear_names(model, ("q_proj", "down_proj")))})
-    z = collect(model, nsc.modules_of["t"], batch)
+    z = module_inputs(model, nsc.modules_of["t"], batch)
     with Ops() as ops:
         nsc(z, task="t", mask=batch["attention_mask"])
     # What a GPU has to be waited for.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsc_fast import reference
 from nsc_fast.factors import LowRankUpdate, canonical
@@ -173,3 +175,28 @@ def eager_loss(
         ratios[task] = mean.item()
         total = total + share[task] * mean
     return total, ratios
+
+
+def module_inputs(model: nn.Module, names: Iterable[str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the named modules receive while the model runs on ``batch``."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(m).register_forward_pre_hook(lambda _, args, m=m: seen.__setitem__(m, args[0]))
+        for m in names
+    ]
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+class Ops(TorchDispatchMode):
+    """How often each operation runs while it is active: some of them make a GPU and the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))

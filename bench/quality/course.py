@@ -15,10 +15,8 @@ among its other candidates.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +28,7 @@ from nsc_fast.errors import MergeError
 from . import suites
 from .base import Base
 from .phenomenon import panels
-from .run import measure, provenance
+from .run import record
 from .table import Results, read, summarise
 from .train import cache_folder, parsed
 from .workshop import Configuration, Workshop, defaults
@@ -115,26 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = {m: budgets(m, options.steps, base) for m in dict.fromkeys(options.methods)}
     of = {one.label: (m, n) for m, own in wanted.items() for n, one in zip(options.steps, own, strict=True)}
     shop = Workshop(chosen, cache, adapter_seed=options.adapter_seed, rows=options.rows or None)
-    run = uuid.uuid4().hex[:8]
-    options.out.mkdir(parents=True, exist_ok=True)
     target = options.out / f"course-{chosen.name}.jsonl"
-    failed = []
-    with target.open("a", encoding="utf-8") as lines:
 
-        def write(row: dict[str, Any]) -> None:
-            if row.get("label") in of:
-                row = {**row, **dict(zip(("course", "budget"), of[row["label"]], strict=True))}
-            lines.write(json.dumps({"run": run, **row}) + "\n")
-            lines.flush()
+    def budget(row: dict[str, Any]) -> dict[str, Any]:
+        return (
+            dict(zip(("course", "budget"), of[row["label"]], strict=True)) if row.get("label") in of else {}
+        )
 
-        write(provenance(shop))
-        for seed in options.seeds:
-            failed += measure(shop, [one for own in wanted.values() for one in own], seed, write)
+    every = [one for own in wanted.values() for one in own]
+    status = record(target, shop, every, options.seeds, budget)
     (results,) = read([target])
     draw(course(results), chosen.name, target.with_suffix(".svg"))
-    if failed:
-        print(f"failed: {', '.join(dict.fromkeys(failed))}", file=sys.stderr)
-    return 1 if failed else 0
+    return status
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from . import suites
 from .train import cache_folder, parsed
 from .workshop import UNLABELED, UNLABELED_BATCH, Configuration, Merged, Workshop, configurations, parse
 
-__all__ = ["BASE_LABEL", "FINE_TUNED", "main", "measure", "provenance"]
+__all__ = ["BASE_LABEL", "FINE_TUNED", "main", "measure", "provenance", "record"]
 
 FINE_TUNED = "fine-tuned"
 """Label of the rows that every score is divided by: the task's own adapter alone."""
@@ -206,6 +206,38 @@ def _cpu() -> str:
     return names[0] if names else platform.processor()
 
 
+def record(
+    target: Path,
+    shop: Workshop,
+    chosen: Sequence[Configuration],
+    seeds: Sequence[int],
+    more: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {},
+) -> int:
+    """Appends the provenance and the results of all seeds to a file of JSON lines.
+
+    Args:
+        more: fields that a row gets besides.
+
+    Returns:
+        Exit status: 1 where a configuration failed, which is told.
+    """
+    run = uuid.uuid4().hex[:8]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failed = []
+    with target.open("a", encoding="utf-8") as lines:
+
+        def write(row: dict[str, Any]) -> None:
+            lines.write(json.dumps({"run": run, **row, **more(row)}) + "\n")
+            lines.flush()
+
+        write(provenance(shop))
+        for seed in seeds:
+            failed += measure(shop, chosen, seed, write)
+    if failed:
+        print(f"failed: {', '.join(dict.fromkeys(failed))}", file=sys.stderr)
+    return 1 if failed else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -223,21 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shop = Workshop(
         chosen, cache_folder(options.cache), adapter_seed=options.adapter_seed, rows=options.rows or None
     )
-    run = uuid.uuid4().hex[:8]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    failed = []
-    with options.out.open("a", encoding="utf-8") as lines:
-
-        def write(row: dict[str, Any]) -> None:
-            lines.write(json.dumps({"run": run, **row}) + "\n")
-            lines.flush()
-
-        write(provenance(shop))
-        for seed in options.seeds:
-            failed += measure(shop, wanted, seed, write)
-    if failed:
-        print(f"failed: {', '.join(dict.fromkeys(failed))}", file=sys.stderr)
-    return 1 if failed else 0
+    return record(options.out, shop, wanted, options.seeds)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,17 @@ def project(
     siblings: int = 1,
 ) -> Projection:
     """See :func:`nsc_fast.ops.torch_steps.project`; P comes in the dtype of z."""
-    how = {"task": task, "clamp": clamp, "ratio": ratio, "siblings": siblings}
-    how["precision"] = _precision(z.dtype, z.device)
-    out = _project.project(z, q.to(z.dtype), segment, num_segments, **how)
+    out = _project.project(
+        z,
+        q.to(z.dtype),
+        segment,
+        num_segments,
+        task=task,
+        siblings=siblings,
+        clamp=clamp,
+        ratio=ratio,
+        precision=_precision(z.dtype, z.device),
+    )
     return Projection(out.p, out.norm2, out.omega)
 
 

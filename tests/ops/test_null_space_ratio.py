@@ -6,8 +6,7 @@ import torch
 from compare import ROUNDOFF, assert_no_worse, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import random_factors
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny import Ops, random_factors
 
 from nsc_fast import reference
 from nsc_fast.factors import row_basis
@@ -477,27 +476,18 @@ def test_tokens_too_small_for_their_squares_count_as_zero(dtype, size):
 class TestHostAndDevice:
     """What makes a GPU wait for the host, or the host for a GPU."""
 
-    class Ops(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.seen = set()
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.seen.add(function.overloadpacket.__name__)
-            return function(*args, **(kwargs or {}))
-
     def test_the_ranks_are_copied_to_a_device_once(self):
         z, q = tokens(5, 13), basis_of(down(2, 13), down(4, 13))
         with torch.inference_mode():
             null_space_ratio(z, q, ranks=[2, 4])
-        with self.Ops() as ops:
+        with Ops() as ops:
             omega = null_space_ratio(z, q, ranks=[2, 4])
         assert "lift_fresh" not in ops.seen
         assert gradient(omega, z, torch.ones_like(omega)).isfinite().all()
 
     def test_weights_are_looked_at_unless_told_otherwise(self):
         z, q = tokens(5, 13), basis_of(down(2, 13))
-        with self.Ops() as ops:
+        with Ops() as ops:
             unchecked = null_space_ratio(z, q, weight=torch.ones(5), check=False)
         assert "_local_scalar_dense" not in ops.seen
         assert torch.equal(unchecked, null_space_ratio(z, q, weight=torch.ones(5)))
