@@ -17,6 +17,7 @@ from .coefficients import Coefficients, Granularity
 from .dense import bind, release
 from .factors import LowRankUpdate, Stack, stack
 from .monitor import RatioMonitor
+from .ops import dispatch
 
 __all__ = [
     "Installation",
@@ -183,6 +184,13 @@ def _check_fit(name: str, base: nn.Module, stacked: Stack) -> None:
         )
 
 
+def _check_impl(impl: str, name: str, rank: int, device: torch.device, dtype: torch.dtype) -> None:
+    try:
+        dispatch.resolve(impl, device, dtype, rank)
+    except RuntimeError as error:
+        raise ValueError(f"module {name!r} ({rank} ranks of all adapters, {dtype}): {error}") from error
+
+
 @dataclass(frozen=True)
 class Installation:
     """What ``install`` put into a model: the trainable coefficients and the monitor of the ratios."""
@@ -221,8 +229,9 @@ def install(
         impl: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: a module is missing in the model, of another shape, already installed, a target is not
-            adapted, or the preferences name other tasks.
+        ValueError: a module is missing in the model, of another shape, already installed, or more than the
+            kernels take where they were asked for; a target is not adapted, or the preferences name other
+            tasks.
         TypeError: a module is not a linear layer. The model is unchanged after either.
     """
     stacks = stack_adapters(adapters)
@@ -238,8 +247,13 @@ def install(
     for target in targets:
         if target not in stacks:
             raise ValueError(f"target module {target!r} is adapted by no adapter")
+    device = model_device(model)
+    sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
     for name, stacked in stacks.items():
         _check_fit(name, present[name], stacked)
+        if impl != "auto":
+            _check_impl(impl, name, stacked.basis.shape[0], device, wide)
     tasks = tuple(adapters)
     if preferences is not None and set(preferences) != set(tasks):
         odd = sorted(set(preferences) ^ set(tasks))
@@ -248,9 +262,6 @@ def install(
     monitor = RatioMonitor(
         tasks, tuple(w / sum(weights) for w in weights), {m: stacks[m].tasks for m in targets}
     )
-    sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    device = model_device(model)
-    wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
     coefficients = Coefficients(stacks, tasks, granularity=granularity, init=init, dtype=wide)
     # Parameters on fake tensors, of which memory is planned, cannot be moved.
     if device.type != "cpu":

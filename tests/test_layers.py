@@ -280,6 +280,18 @@ class TestInstallAndRemove:
         with pytest.raises(ValueError, match="preferences must name every task once; look at 'th?"):
             install(mlp, adapters, preferences=preferences)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_kernels_that_were_asked_for_and_cannot_run_are_refused_before(self, mlp, dtype, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        if dtype == torch.float32:
+            monkeypatch.setattr("nsc_fast.ops.dispatch.MAX_RANK", 4)
+        _, adapters = mlp_adapters(mlp.to(dtype))
+        why = "a stacked rank of at most 4" if dtype == torch.float32 else "not float64"
+        with pytest.raises(ValueError, match=rf"module '.*' \(\d+ ranks of all adapters, {dtype}\): .*{why}"):
+            install(mlp, adapters, impl="triton")
+        assert not any(isinstance(m, MergedLinear) for m in mlp.modules())
+
     def test_preferences_are_normalised(self, mlp):
         _, adapters = mlp_adapters(mlp)
         monitor = install(mlp, adapters, preferences={"three": 2.0, "one": 1.0, "two": 5.0}).monitor
