@@ -116,7 +116,8 @@ class DataOptions(Strict):
         text: column of the text, or the two of a pair. Default: a well-known name, with a notice.
         template: text with columns in braces, ``"Question: {q}\\nAnswer:"``, instead of ``text``.
         messages: column of a chat's messages. Default: "messages" or "conversations".
-        image: column of the images: paths (from the data file's folder), bytes or PIL images.
+        image: column of the images: paths (from the data file's folder), bytes or PIL images. Beside a chat
+            (messages, or format "chat") also lists of them, and some rows may have none.
         keep_answer: keep an assistant's message at the end of a chat. It is the label, so by default it is
             left out.
         generation_prompt: end a chat without its answer in what the chat template puts before an answer.
@@ -152,7 +153,7 @@ class DataOptions(Strict):
         fits = {
             "text": ("text", "template"),
             "pair": ("text",),
-            "chat": ("messages",),
+            "chat": ("messages", "image"),
             "image": ("image", "text", "template"),
         }
         for key in ("text", "template", "messages", "image"):
@@ -161,8 +162,6 @@ class DataOptions(Strict):
         if self.format in ("text", "pair") and self.text is not None:
             if isinstance(self.text, str) != (self.format == "text"):
                 raise ValueError(f"format {self.format!r} and the number of columns in text do not agree")
-        if self.image is not None and self.messages is not None:
-            raise ValueError("chats with images are not supported: give text or template beside image")
         if self.image is not None and isinstance(self.text, tuple):
             raise ValueError("beside an image, text is one column")
         return self

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import MergeError, RecipeError
 from ..recipe import BaseSpec, DataOptions, DataSpec, Recipe
+from .chats import render_chats
 from .columns import Example, plan
-from .encode import encode_images, encode_text, render_chats
+from .encode import encode_images, encode_text
 from .files import open_rows, open_source
 from .processors import BaseProcessors, Limits, limits_of
 from .sample import draw
@@ -76,6 +77,11 @@ def draw_examples(source: Source, options: DataOptions, seed: int) -> Sample:
         raise _nothing(source)
     if drawn.empty:
         notices.append(f"empty rows left out: {len(drawn.empty)}, the first {source.place(drawn.empty[0])}")
+    if made.messages and made.image and not any(example.images for example in drawn.items):
+        raise MergeError(
+            f"task {source.task!r}: {source.name}: no row that was drawn has an image in column "
+            f"{made.image!r}; leave data.image out, or name the column of the images with it"
+        )
     forms = {(isinstance(e.text, tuple), e.pair is None) for e in drawn.items}
     if len(forms) > 1:
         raise MergeError(
@@ -93,9 +99,9 @@ def check_data(task: str, spec: DataSpec, seed: int) -> None:
     """
     sample = draw_examples(open_source(task, spec), spec, seed)
     for example in sample.examples:
-        image = example.image
-        if isinstance(image, str) and not ((sample.folder or Path()) / image).is_file():
-            raise MergeError(f"task {task!r}: {example.place}: there is no image {image!r}")
+        for image in example.images:
+            if isinstance(image, str) and not ((sample.folder or Path()) / image).is_file():
+                raise MergeError(f"task {task!r}: {example.place}: there is no image {image!r}")
 
 
 def read_data(
@@ -139,12 +145,18 @@ def _encode(
     task: str, sample: Sample, options: DataOptions, processors: BaseProcessors
 ) -> tuple[list[dict[str, Tensor]], list[str]]:
     examples = sample.examples
-    if examples[0].image is not None:
-        processor = processors.images if examples[0].text is None else processors.joint
-        return encode_images(task, examples, processor, options, sample.folder)
-    tokenizer, chats = processors.tokenizer, bool(examples[0].messages)
+    chats, template = bool(examples[0].messages), processors.chat_templates.get(task)
+    if any(example.images for example in examples):
+        bare = examples[0].text is None and not chats
+        processor, limits = (processors.images, Limits()) if bare else (processors.joint, processors.limits)
+        if chats:
+            if template == processors.tokenizer.chat_template:
+                # It came with a copy of the base's tokenizer; the processor's is the one for images.
+                template = None
+            examples = render_chats(task, examples, processor, options, template)
+        return encode_images(task, examples, processor, options, sample.folder, limits, chats=chats)
+    tokenizer = processors.tokenizer
     if chats:
-        template = processors.chat_templates.get(task)
         examples = render_chats(task, examples, tokenizer, options, template)
     return encode_text(task, examples, tokenizer, options, processors.limits, special_tokens=not chats)
 
@@ -190,7 +202,7 @@ def text_batches(
     """
     chosen, sample = _given(rows, task, seed, options)
     examples = sample.examples
-    if examples[0].image is not None:
+    if any(example.images for example in examples):
         raise MergeError(f"task {task!r}: these rows are images; use image_batches")
     limits = Limits() if config is None else limits_of(config)
     chats = bool(examples[0].messages)
@@ -207,15 +219,21 @@ def image_batches(
     *,
     task: str = "data",
     seed: int = 0,
+    config: Any = None,
     **options: Any,
 ) -> list[dict[str, Tensor]]:
-    """Batches for ``merge_adapters(data=...)`` from unlabeled images, with texts where ``text`` names them.
+    """Batches for ``merge_adapters(data=...)`` from unlabeled images.
+
+    With texts where ``text`` or ``template`` names them, with chats where ``messages`` does or the format is
+    "chat".
 
     Args:
         rows: path (folder of images, or a file with an image column), or rows with an image column; finite.
-        processor: image processor of the base model; for images with texts, its processor.
+            Chats may hold their images themselves, in parts of their contents.
+        processor: image processor of the base model; for images with texts or chats, its processor.
         task: name, for messages.
         seed: of the draw.
+        config: the base model's configuration; without it, its positions are not checked.
         options: fields of :class:`nsc_fast.recipe.DataSpec`.
 
     Returns:
@@ -225,8 +243,15 @@ def image_batches(
         MergeError: bad rows, by place.
         RecipeError: bad options.
     """
-    chosen, sample = _given(rows, task, seed, {"format": "image", **options})
-    batches, notices = encode_images(task, sample.examples, processor, chosen, sample.folder)
+    kind = {} if options.get("messages") is not None else {"format": "image"}
+    chosen, sample = _given(rows, task, seed, {**kind, **options})
+    examples, chats = sample.examples, bool(sample.examples[0].messages)
+    if not any(example.images for example in examples):
+        raise MergeError(f"task {task!r}: these rows have no images; use text_batches")
+    limits = Limits() if config is None else limits_of(config)
+    if chats:
+        examples = render_chats(task, examples, processor, chosen)
+    batches, notices = encode_images(task, examples, processor, chosen, sample.folder, limits, chats=chats)
     _warn([*sample.notices, *(f"task {task!r}: {notice}" for notice in notices)])
     return batches
 

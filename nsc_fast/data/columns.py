@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..batches import LABELS
 from ..errors import MergeError
 from ..recipe import DataOptions, template_columns
+from .messages import read_chat
 from .sources import Source
 
 __all__ = ["Example", "Plan", "plan"]
@@ -25,9 +26,6 @@ _PAIRS = (
 _CHATS = ("messages", "conversations")
 _IMAGES = ("image", "image_path", "img", "file_name", "pixel_values")
 _LABELS = {*LABELS, "target", "targets", "answer", "answers", "output", "completion", "response", "summary"}
-# The two ways in which chats are written.
-_KEYS = (("role", "content"), ("from", "value"))
-_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -38,21 +36,20 @@ class Example:
         place: where it stands, for messages.
         text: text, or its words where the row holds a list of them.
         pair: second text.
-        messages: of a chat, as ``{"role": ..., "content": ...}``.
-        image: path, bytes or PIL image.
+        messages: of a chat; see :func:`nsc_fast.data.messages.read_chat`.
+        images: paths, bytes or PIL images; a chat may have several.
     """
 
     place: str
     text: str | tuple[str, ...] | None = None
     pair: str | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
-    image: Any = None
+    images: tuple[Any, ...] = ()
 
     @property
     def size(self) -> int:
-        """Characters, to put rows of similar length together."""
-        parts = (*(m["content"] for m in self.messages), self.text or "", self.pair or "")
-        return sum(len(part) for part in parts)
+        """Characters of the text, to put rows of similar length together."""
+        return len(self.text or "") + len(self.pair or "")
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Plan:
         columns: all that are read.
         text: columns of the text, none for chats and bare images.
         messages: column of the chat.
-        image: column of the image.
+        image: column of the image; beside a chat, of the image or images, and a row may do without.
     """
 
     source: Source
@@ -76,6 +73,12 @@ class Plan:
     def columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.text, *filter(None, (self.messages, self.image)))))
 
+    def missing(self, present: Container[str]) -> list[str]:
+        """Columns that a row, or a table, must have and does not have."""
+        # Rows of a chat without images need not name the column.
+        free = self.image if self.messages is not None and self.source.columns() is None else None
+        return [column for column in self.columns if column not in present and column != free]
+
     def example(self, number: Any, raw: Any) -> Example | None:
         """The example of a record; None where it holds nothing.
 
@@ -83,7 +86,7 @@ class Plan:
             MergeError: a missing column, or a value that is no text, chat or image.
         """
         row = self.source.parse(number, raw)
-        missing = [column for column in self.columns if column not in row]
+        missing = self.missing(row)
         if missing:
             raise self.source.error(
                 number,
@@ -92,13 +95,14 @@ class Plan:
             )
         place = self.source.place(number)
         if self.messages is not None:
-            messages = self._chat(number, row[self.messages])
-            return Example(place, messages=messages) if messages else None
+            messages, images = self._chat(number, row)
+            return Example(place, messages=messages, images=images) if messages else None
         image = None if self.image is None else row[self.image]
         if self.image is not None and (image is None or image == ""):
             return None
         if not self.text:
-            return Example(place, image=image)
+            return Example(place, images=(image,))
+        images = () if image is None else (image,)
         parts = [self._text(number, column, row[column]) for column in self.text]
         if not any(part.strip() if isinstance(part, str) else part for part in parts):
             return None
@@ -108,8 +112,8 @@ class Plan:
             values = dict(zip(self.text, parts, strict=True))
             if not all(isinstance(part, str) for part in parts):
                 raise self.source.error(number, "a list of words does not go into a template")
-            return Example(place, self.options.template.format_map(values), image=image)
-        return Example(place, *parts, image=image)
+            return Example(place, self.options.template.format_map(values), images=images)
+        return Example(place, *parts, images=images)
 
     def _text(self, number: Any, column: str, value: Any) -> str | tuple[str, ...]:
         if value is None:
@@ -120,21 +124,20 @@ class Plan:
             return tuple(value)
         raise self.source.error(number, f"column {column!r} holds a {type(value).__name__}, not text")
 
-    def _chat(self, number: Any, value: Any) -> tuple[Mapping[str, Any], ...]:
-        if not isinstance(value, Sequence) or isinstance(value, str):
+    def _chat(
+        self, number: Any, row: Mapping[str, Any]
+    ) -> tuple[tuple[Mapping[str, Any], ...], tuple[Any, ...]]:
+        chat, given = row[self.messages], None
+        if not isinstance(chat, Sequence) or isinstance(chat, str):
             raise self.source.error(number, f"column {self.messages!r} holds no list of messages")
-        messages = []
-        for message in value:
-            keys = next((k for k in _KEYS if isinstance(message, Mapping) and set(k) <= set(message)), None)
-            if keys is None or not isinstance(message[keys[1]], str | None):
-                raise self.source.error(
-                    number, f"a message needs a role and a content that is text, not {message!r:.80}"
-                )
-            role = message[keys[0]]
-            messages.append({**message, "role": _ROLES.get(role, role), "content": message[keys[1]] or ""})
-        if messages and messages[-1]["role"] == "assistant" and not self.options.keep_answer:
-            messages.pop()
-        return tuple(messages)
+        if self.image is not None:
+            value = row.get(self.image)
+            given = value if isinstance(value, list | tuple) else [value]
+            given = [image for image in given if image is not None and image != ""]
+        try:
+            return read_chat(chat, given, keep_answer=self.options.keep_answer)
+        except ValueError as error:
+            raise self.source.error(number, str(error)) from error
 
 
 def plan(source: Source, options: DataOptions, columns: Sequence[str]) -> tuple[Plan, list[str]]:
@@ -144,7 +147,7 @@ def plan(source: Source, options: DataOptions, columns: Sequence[str]) -> tuple[
         MergeError: no column or several could be meant.
     """
     made, guessed = _choose(source, options, columns)
-    missing = [column for column in made.columns if column not in columns]
+    missing = made.missing(columns)
     if missing:
         raise MergeError(
             f"task {source.task!r}: {source.name}: no column {' and '.join(missing)} (it has "
@@ -171,15 +174,17 @@ def _choose(source: Source, options: DataOptions, columns: Sequence[str]) -> tup
     elif options.text is not None:
         text = (options.text,) if isinstance(options.text, str) else options.text
     present = set(columns)
-    if options.format == "image" or options.image is not None or source.images:
+    chatting = options.messages is not None or options.format == "chat"
+    if options.format == "image" or source.images or (options.image is not None and not chatting):
         image = options.image or _only(source, columns, [c for c in _IMAGES if c in present], "image")
         return Plan(source, options, text, image=image), options.image is None and not source.images
     if text:
         return Plan(source, options, text), False
     chats = [column for column in _CHATS if column in present]
-    if options.messages is not None or options.format == "chat":
+    if chatting:
         messages = options.messages or _only(source, columns, chats, "messages")
-        return Plan(source, options, messages=messages), options.messages is None and messages != "messages"
+        guessed = options.messages is None and messages != "messages"
+        return Plan(source, options, messages=messages, image=options.image), guessed
     pairs = [pair for pair in _PAIRS if set(pair) <= present]
     if options.format == "pair":
         return Plan(source, options, _only(source, columns, pairs, "text")), True
@@ -194,6 +199,11 @@ def _choose(source: Source, options: DataOptions, columns: Sequence[str]) -> tup
                 "'text', or data.image (and data.text, where it is an input)"
             )
         return Plan(source, options, ("text",)), False
+    if chats and "image" in present:
+        raise MergeError(
+            f"task {source.task!r}: {source.name}: there are chats and images; set data.format to 'chat', "
+            "and data.image where the images are inputs"
+        )
     if len(pairs) == 1 and not chats:
         return Plan(source, options, pairs[0]), True
     texts = [column for column in _TEXT if column in present]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -19,49 +20,10 @@ from .tables import optional
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_images", "encode_text", "render_chats"]
+__all__ = ["encode_images", "encode_text"]
 
 DEFAULT_LENGTH = 512
-
-
-def render_chats(
-    task: str,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    options: DataOptions,
-    template: str | None = None,
-) -> list[Example]:
-    """Chats as texts, written by the chat template.
-
-    Args:
-        template: instead of the tokenizer's own.
-
-    Raises:
-        MergeError: no chat template, or one that refuses a chat (roles out of order, say).
-    """
-    from jinja2 import TemplateError
-
-    if template is None and not getattr(tokenizer, "chat_template", None):
-        raise MergeError(
-            f"task {task!r}: the tokenizer has no chat template; write the prompt yourself with "
-            "data.template, or put the adapter's chat_template.jinja beside its weights with its tokenizer"
-        )
-    out = []
-    for example in examples:
-        asks = example.messages[-1]["role"] != "assistant"
-        try:
-            text = tokenizer.apply_chat_template(
-                list(example.messages),
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=asks and options.generation_prompt,
-            )
-        except (TemplateError, ValueError, TypeError) as error:
-            raise MergeError(
-                f"task {task!r}: {example.place}: the chat template refuses this chat: {error}"
-            ) from error
-        out.append(Example(example.place, text))
-    return out
+_NO_LIMITS = Limits()
 
 
 def encode_text(
@@ -113,40 +75,128 @@ def encode_text(
 
 
 def encode_images(
-    task: str, examples: Sequence[Example], processor: Any, options: DataOptions, folder: Path | None
+    task: str,
+    examples: Sequence[Example],
+    processor: Any,
+    options: DataOptions,
+    folder: Path | None,
+    limits: Limits = _NO_LIMITS,
+    *,
+    chats: bool = False,
 ) -> tuple[list[dict[str, Tensor]], list[str]]:
     """Batches of images, with their texts where there are any (``processor`` is then a joint one).
 
-    Texts beside images are cut only where images take none of their tokens.
+    Texts are padded on the right. One that images take tokens of is cut only behind the last of these. Texts
+    without images come in batches of their own.
+
+    Args:
+        chats: whether a chat template wrote the texts. Each may then have any number of images, and gets no
+            start token where the template has written one.
+
+    Returns:
+        The batches (``pixel_values``; for texts also ``input_ids (B, S)``, ``attention_mask (B, S)``, ...),
+        and notices.
 
     Raises:
-        MergeError: an image that cannot be opened, images that do not fit into one batch.
+        MergeError: an image that cannot be opened, images that do not fit into one batch, a text whose images
+            lie beyond the limits.
     """
     texts = examples[0].text is not None
-    extra: dict[str, Any] = {"padding": True} if texts else {}
-    if texts and not getattr(processor, "image_token", None):
+    extra: dict[str, Any] = {"padding": True, "padding_side": "right"} if texts else {}
+    in_text, length, notices = texts and (chats or bool(getattr(processor, "image_token", None))), 0, []
+    if in_text:
+        length, notices = _length(task, processor.tokenizer, options, limits, sys.maxsize)
+    elif texts:
         extra |= {"truncation": True, **({"max_length": options.max_length} if options.max_length else {})}
-    batches = []
-    for chunk in _chunks(examples, options.batch_size):
-        images = [_image(task, example, folder) for example in chunk]
-        given = {"text": [example.text for example in chunk]} if texts else {}
-        try:
-            encoded = processor(images=images, **given, **extra, return_tensors="pt")
-        except (ValueError, RuntimeError, TypeError) as error:
+    start = processor.tokenizer.bos_token if chats else None
+    if start and all(example.text.startswith(start) for example in examples):
+        extra["add_special_tokens"] = False
+    bare = [example for example in examples if not example.images]
+    batches, cut = [], 0
+    for part in ([example for example in examples if example.images], bare):
+        for chunk in _chunks(part, options.batch_size):
+            images = [[_image(task, example, image, folder) for image in example.images] for example in chunk]
+            encoded = _processed(task, chunk, images, processor, extra, nested=chats)
+            if in_text:
+                cut += _cut(task, chunk, encoded, processor, length)
+            batches.append({key: value for key, value in encoded.items() if isinstance(value, Tensor)})
+    if bare:
+        notices.append(f"{len(bare)} of {len(examples)} rows have no image and are read as texts")
+    if cut:
+        notices.append(f"{cut} of {len(examples)} rows reach {length} tokens; what lies beyond is not read")
+    return batches, notices
+
+
+def _processed(
+    task: str,
+    chunk: Sequence[Example],
+    images: Sequence[Sequence[Any]],
+    processor: Any,
+    extra: dict[str, Any],
+    *,
+    nested: bool,
+) -> dict[str, Any]:
+    """What the processor makes of some rows.
+
+    Args:
+        nested: give it each row's images in a list, as processors of chats want them.
+    """
+    given: dict[str, Any] = {} if chunk[0].text is None else {"text": [example.text for example in chunk]}
+    if any(images):
+        given["images"] = list(images) if nested else [image for own in images for image in own]
+    try:
+        return dict(processor(**given, **extra, return_tensors="pt"))
+    except (ValueError, RuntimeError, TypeError) as error:
+        # Where one row alone is refused, that is the one to name.
+        for example, own in zip(chunk, images, strict=True) if len(chunk) > 1 else ():
+            _processed(task, [example], [own], processor, extra, nested=nested)
+        place, which, way_out = (
+            chunk[0].place,
+            "this row",
+            "has it one image token of the model for each image?",
+        )
+        if len(chunk) > 1:
+            place, which, way_out = (
+                f"{place} to {chunk[-1].place}",
+                "these rows together",
+                "try batch_size: 1",
+            )
+        raise MergeError(
+            f"task {task!r}: {place}: the processor refuses {which}: {error}; {way_out}"
+        ) from error
+
+
+def _cut(task: str, chunk: Sequence[Example], encoded: dict[str, Any], processor: Any, length: int) -> int:
+    """Cuts rows to ``length`` tokens, in place; returns how many there were to cut."""
+    ids = encoded["input_ids"]
+    if ids.shape[1] <= length:
+        return 0
+    tokens = encoded["attention_mask"].sum(1).tolist()
+    of_images = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
+    for example, row, count in zip(chunk, ids, tokens, strict=True):
+        beyond = row[length:].tolist()
+        # Where it is not known which tokens are of images, any may be.
+        if any(token in of_images for token in beyond) or (None in of_images and count > length):
             raise MergeError(
-                f"task {task!r}: {chunk[0].place} to {chunk[-1].place}: the processor refuses these rows: "
-                f"{error}; do the texts hold the model's image token? Otherwise try batch_size: 1"
-            ) from error
-        batches.append({key: value for key, value in encoded.items() if isinstance(value, Tensor)})
-    return batches, []
+                f"task {task!r}: {example.place}: its images reach beyond {length} tokens (of {count}); "
+                "raise data.max_length if the model can take more, or remove the row"
+            )
+    for key, value in encoded.items():
+        if isinstance(value, Tensor) and value.shape[:2] == ids.shape and not key.startswith("pixel_"):
+            encoded[key] = value[:, :length]
+    return sum(count > length for count in tokens)
 
 
 def _length(
-    task: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions, limits: Limits
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
+    limits: Limits,
+    default: int = DEFAULT_LENGTH,
 ) -> tuple[int, list[str]]:
     wanted, most = options.max_length, tokenizer.model_max_length
     if wanted is None:
-        return min(DEFAULT_LENGTH, most, limits.positions or DEFAULT_LENGTH), []
+        return min(default, most, limits.positions or default), []
     if limits.positions is not None and wanted > limits.positions:
         raise MergeError(
             f"task {task!r}: data.max_length is {wanted}, and the base model has {limits.positions} "
@@ -182,10 +232,9 @@ def _check_tokens(
             )
 
 
-def _image(task: str, example: Example, folder: Path | None) -> Any:
+def _image(task: str, example: Example, value: Any, folder: Path | None) -> Any:
     """An RGB image from a path, bytes, ``{"bytes": ..., "path": ...}`` (Parquet), or an image."""
     module = optional(task, "PIL.Image", "image data")
-    value = example.image
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

@@ -131,7 +131,7 @@ def test_a_stream_is_read_once_and_gives_the_rows_of_a_list():
         ({"format": "chat", "text": "t"}, "format 'chat' has no text"),
         ({"format": "pair", "text": "t"}, "do not agree"),
         ({"format": "text", "text": ("t", "u")}, "do not agree"),
-        ({"image": "i", "messages": "m"}, "chats with images"),
+        ({"image": "i", "messages": "m", "format": "image"}, "format .image. has no messages"),
         ({"format": "video"}, "'auto', 'text', 'pair', 'chat' or 'image'"),
     ],
 )
