@@ -1,7 +1,10 @@
 """Merge coefficients: the only trainable tensors of a merge.
 
 One value per (group, task), where the granularity decides the groups: the whole model (``task``), each block
-(``layer``), each adapted module (``module``), or each singular direction of each module (``rank``).
+(``layer``), each adapted module (``module``), or each singular direction of each module (``rank``). Or a core
+between the stacked factors of each module (``core``): ``base(z) + C X Q z`` with X ``(R, R)``, of which all
+others are special cases with a diagonal X. A full core can also take away what one adapter does on the inputs
+of another; the merged update still has rank R at most.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from .factors import Stack
 
 __all__ = ["Coefficients", "Granularity", "block_of", "group_of"]
 
-Granularity = Literal["task", "layer", "module", "rank"]
+Granularity = Literal["task", "layer", "module", "rank", "core"]
 
 _BLOCK = re.compile(r"^(.*?\.)?(\d+)(\.|$)")
 
@@ -34,8 +37,8 @@ class Coefficients(nn.Module):
     Args:
         stacks: module path -> stacked updates.
         tasks: all task names; the order of the coefficients.
-        granularity: "task", "layer", "module" or "rank".
-        init: initial value, one for all or one per task.
+        granularity: "task", "layer", "module", "rank" or "core".
+        init: initial value, one for all or one per task; of a core, on its diagonal.
         dtype: float32, or float64 for a float64 model.
 
     A task that does not adapt a module has no coefficient there: with "module" and "rank" the tensors are
@@ -70,17 +73,18 @@ class Coefficients(nn.Module):
             else:
                 names = [t for t, r in zip(stack.tasks, stack.ranks, strict=True) for _ in range(r)]
             if group not in values:
-                values[group] = nn.Parameter(torch.tensor([start[t] for t in names], dtype=dtype))
+                value = torch.tensor([start[t] for t in names], dtype=dtype)
+                values[group] = nn.Parameter(torch.diag(value) if granularity == "core" else value)
         # Parameter names may not hold dots.
         self._key = {group: group.replace(".", "/") for group in values}
         self.values = nn.ParameterDict({self._key[g]: v for g, v in values.items()})
         self._picks: dict[tuple, Tensor] = {}
 
     def of(self, module: str) -> Tensor:
-        """Coefficients of one module in the order of its stack: ``(K_m,)``, or ``(R_m,)`` for "rank"."""
+        """Of one module in the order of its stack: ``(K_m,)``; ``(R_m,)`` for "rank", square for "core"."""
         value = self.values[self._key[self._group[module]]]
         present = self._present[module]
-        if self.granularity in ("module", "rank") or len(present) == len(self.tasks):
+        if self.granularity in ("module", "rank", "core") or len(present) == len(self.tasks):
             return value
         # One product per module: unlike indexing, its gradient is summed in a fixed order on every device.
         return self._pick(present, value) @ value
@@ -96,13 +100,17 @@ class Coefficients(nn.Module):
         return self._picks[key]
 
     def of_task(self, task: str) -> list[Tensor]:
-        """One task's coefficients at every module that it adapts, each ``(1,)``, or ``(r,)`` for "rank"."""
+        """One task's coefficients at every module that it adapts, each ``(1,)``, or ``(r,)`` for "rank".
+
+        Of a core, its part of the diagonal, ``(r,)``.
+        """
         index = self.tasks.index(task)
         out = []
         for module, present in self._present.items():
             if index in present:
-                sizes = self._ranks[module] if self.granularity == "rank" else [1] * len(present)
-                out.append(self.of(module).split(sizes)[present.index(index)])
+                wide = self.granularity in ("rank", "core")
+                sizes = self._ranks[module] if wide else [1] * len(present)
+                out.append(_diagonal(self.of(module)).split(sizes)[present.index(index)])
         return out
 
     def by_module(self) -> dict[str, Tensor]:
@@ -110,14 +118,19 @@ class Coefficients(nn.Module):
         return {module: self.of(module).detach().cpu().clone() for module in self._group}
 
     def table(self) -> dict[str, dict[str, float]]:
-        """Module -> task -> coefficient (mean over singular directions for "rank"), for logs."""
+        """Module -> task -> coefficient (mean over singular directions for "rank" and "core"), for logs."""
         out = {}
         for module, value in self.by_module().items():
             names = [self.tasks[i] for i in self._present[module]]
-            if self.granularity == "rank":
-                value = torch.stack([part.mean() for part in value.split(self._ranks[module])])
+            if self.granularity in ("rank", "core"):
+                parts = _diagonal(value).split(self._ranks[module])
+                value = torch.stack([part.mean() for part in parts])
             out[module] = dict(zip(names, value.tolist(), strict=True))
         return out
+
+
+def _diagonal(value: Tensor) -> Tensor:
+    return value.diagonal() if value.ndim == 2 else value
 
 
 def group_of(module: str, granularity: str) -> str:

@@ -287,11 +287,14 @@ class Stack:
         return torch.tensor([k for k, r in enumerate(self.ranks) for _ in range(r)], dtype=torch.int32)
 
     def merged(self, coefficients: Tensor) -> LowRankUpdate:
-        """Canonical factors of ``sum_k lambda_k C_k Q_k``.
+        """Canonical factors of ``sum_k lambda_k C_k Q_k``, or of ``C X Q``.
 
         Args:
-            coefficients: ``(K,)`` one per task or ``(R,)`` one per singular direction.
+            coefficients: ``(K,)`` one per task, ``(R,)`` one per singular direction, or a core X ``(R, R)``.
         """
+        if coefficients.ndim == 2:
+            core = coefficients.detach().to(self.columns.device, torch.float64)
+            return canonical(self.basis, self.columns @ core)
         return _canonical([self.basis], [self.columns], self.expand(coefficients))
 
     def expand(self, coefficients: Tensor) -> Tensor:

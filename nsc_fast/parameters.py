@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["Descent", "EarlyStopping", "NSCParameters", "Scope"]
+__all__ = ["Descent", "EarlyStopping", "Memory", "NSCParameters", "Scope"]
 
 
 class Strict(BaseModel):
@@ -68,7 +68,36 @@ class Descent(Strict):
         return 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
-class NSCParameters(Descent):
+class Memory(Strict):
+    """How much of a step is in memory at once; none of it changes what is minimised.
+
+    Attributes:
+        batching: "auto" joins the tasks' batches in one forward pass where that saves time, "always" insists,
+            "never" runs them one after another.
+        checkpointing: what is computed again in the backward pass instead of kept: whole blocks ("always"),
+            their feed-forward parts, or nothing. "auto" is nothing, or what a memory budget asks for.
+        offload: what a checkpointed block keeps waits in the host's memory.
+        micro_batch: sequences of each task in one forward pass at most. Default: the batch.
+    """
+
+    batching: Literal["auto", "always", "never"] = "auto"
+    checkpointing: Literal["auto", "never", "feed_forward", "always"] = "auto"
+    offload: bool = False
+    micro_batch: int | None = Field(None, ge=1)
+
+    @property
+    def recompute(self) -> Literal["never", "feed_forward", "always"]:
+        """``checkpointing`` with "auto" decided: nothing is computed again unless a plan said so."""
+        return "never" if self.checkpointing == "auto" else self.checkpointing
+
+    @model_validator(mode="after")
+    def _offloaded(self) -> Memory:
+        if self.offload and self.recompute == "never":
+            raise ValueError("offload moves what checkpointed blocks keep: set checkpointing to 'always'")
+        return self
+
+
+class NSCParameters(Descent, Memory):
     """How the coefficients are optimised.
 
     The paper: AdamW from 0.4, learning rate 1e-3 and 100 steps for vision models, 3e-4 and 500 steps for
@@ -80,35 +109,15 @@ class NSCParameters(Descent):
             ratio is no longer a sign of a better merge. Not in the paper; off by default.
         signal_rows: unlabeled rows of every task on which the signal is measured before and after, see
             ``nsc_fast.signal``; 0 for no measurement. It changes nothing about the coefficients.
-        checkpointing: what is computed again in the backward pass instead of kept: whole blocks ("always"),
-            their feed-forward parts, or nothing. "auto" is nothing, or what a memory budget asks for. It
-            changes nothing about the coefficients, as the next two do not.
-        offload: what a checkpointed block keeps waits in the host's memory.
-        micro_batch: sequences of each task in one forward pass at most. Default: the batch.
         packing: whether sequences go through the model in one row without padding.
     """
 
     granularity: Literal["task", "layer", "module", "rank"] = "layer"
     init: float = 0.4
     scope: Scope = Scope()
-    batching: Literal["auto", "always", "never"] = "auto"
     stop_at_alone: bool = False
     signal_rows: int = Field(32, ge=0)
-    checkpointing: Literal["auto", "never", "feed_forward", "always"] = "auto"
-    offload: bool = False
-    micro_batch: int | None = Field(None, ge=1)
     packing: Literal["auto", "always", "never"] = "never"
-
-    @property
-    def recompute(self) -> Literal["never", "feed_forward", "always"]:
-        """``checkpointing`` with "auto" decided: nothing is computed again unless a plan said so."""
-        return "never" if self.checkpointing == "auto" else self.checkpointing
-
-    @model_validator(mode="after")
-    def _offloaded(self) -> NSCParameters:
-        if self.offload and self.recompute == "never":
-            raise ValueError("offload moves what checkpointed blocks keep: set checkpointing to 'always'")
-        return self
 
     @model_validator(mode="after")
     def _measured(self) -> NSCParameters:

@@ -15,16 +15,16 @@ from pydantic import Field
 
 from ..checkpoint import digest
 from ..driver import check_data, minimise, restored
-from ..layers import install, remove
+from ..layers import install, remove, stack_adapters
+from ..memory import checkpointed
 from ..objectives.anchored import Anchor, AnchoredObjective, Anchors, anchors
-from ..objectives.cores import install_cores, remove_cores
-from ..parameters import Descent
+from ..parameters import Descent, Memory
 from ..result import MergeResult
 from .base import MergeInputs, Method, linear_result, modules_of, plain_result, require_model_and_data
 from .measured import sampled, with_signal
 
 
-class Parameters(Descent):
+class Parameters(Descent, Memory):
     """How the distance is minimised.
 
     Attributes:
@@ -50,8 +50,9 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
     check_data(inputs.updates, inputs.data)
     modules_of(inputs)
     batches, inputs = sampled(inputs, parameters.rows)
-    result = fit(inputs, anchors(inputs.model, inputs.updates, batches), parameters)
-    return with_signal(inputs, result, parameters.init, parameters.signal_rows)
+    fixed = anchors(inputs.model, inputs.updates, batches, micro_batch=parameters.micro_batch)
+    result = fit(inputs, fixed, parameters)
+    return with_signal(inputs, result, parameters.init, parameters.signal_rows, parameters.micro_batch)
 
 
 def fit(inputs: MergeInputs, fixed: dict[str, Anchors], parameters: Parameters) -> MergeResult:
@@ -62,27 +63,23 @@ def fit(inputs: MergeInputs, fixed: dict[str, Anchors], parameters: Parameters) 
     more = {"measure": "distance to the adapter alone"}
     with restored(model):
         try:
-            if parameters.granularity == "core":
-                installation = install_cores(model, inputs.updates, init)
-            else:
-                installation = install(
-                    model,
-                    inputs.updates,
-                    granularity=parameters.granularity,
-                    init=init,
-                    impl=inputs.impl,
-                )
-            objective = AnchoredObjective(model, installation, fixed, parameters.preferences)
-            kept = inputs.checkpoints, inputs.processes
-            history, interrupted = minimise(objective, streams, parameters, inputs.on_step, *kept)
+            installation = install(
+                model, inputs.updates, granularity=parameters.granularity, init=init, impl=inputs.impl
+            )
+            how = parameters.preferences, parameters.batching, parameters.micro_batch
+            objective = AnchoredObjective(model, installation, fixed, *how)
+            again, kept = parameters.recompute, (inputs.checkpoints, inputs.processes)
+            with checkpointed(model, installation.modules, again, offload=parameters.offload):
+                history, interrupted = minimise(objective, streams, parameters, inputs.on_step, *kept)
             more |= {"history": tuple(history), "interrupted": interrupted}
         finally:
             remove(model)
-            remove_cores(model)
+    values = installation.coefficients.by_module()
     if parameters.granularity == "core":
-        result = plain_result("anchored", inputs, parameters, installation.coefficients.updates())
-        return replace(result, **more)
-    return linear_result("anchored", inputs, parameters, installation.coefficients.by_module(), **more)
+        stacks = stack_adapters(inputs.updates)
+        updates = {module: stacks[module].merged(value) for module, value in values.items()}
+        return replace(plain_result("anchored", inputs, parameters, updates), **more)
+    return linear_result("anchored", inputs, parameters, values, **more)
 
 
 class AnchorStream:

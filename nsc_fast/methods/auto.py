@@ -21,14 +21,14 @@ from ..errors import MergeError
 from ..objectives.anchored import Anchors, anchors
 from ..objectives.least_squares import second_moments
 from ..objectives.score import Score, held_out, score
-from ..parameters import Strict
+from ..parameters import Memory
 from ..result import MergeResult
 from . import anchored, closed_form
 from .base import MergeInputs, Method, modules_of, require_model_and_data
 from .measured import sampled, with_signal
 
 
-class Parameters(Strict):
+class Parameters(Memory):
     """
     Attributes:
         rows: unlabeled rows of every task; a quarter of them is held out.
@@ -92,12 +92,13 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
         fitted, kept = held_out(batches)
     except ValueError as error:
         raise MergeError(str(error)) from error
-    judge = _Judge(inputs, anchors(inputs.model, inputs.updates, kept))
+    micro = parameters.micro_batch
+    judge = _Judge(inputs, anchors(inputs.model, inputs.updates, kept, micro_batch=micro), micro)
     for name, own in _candidates(inputs, parameters):
         judge.add(name, own)
     start = min((one for one in judge.judged if one.label.startswith("task_arithmetic")), key=_value)
     if parameters.closed_form_scales:
-        moments = second_moments(inputs.model, inputs.updates, fitted)
+        moments = second_moments(inputs.model, inputs.updates, fitted, micro_batch=micro)
         for scale in parameters.closed_form_scales:
             chosen = closed_form.Parameters(scale=scale, rows=parameters.rows)
             judge.add(
@@ -109,11 +110,12 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
             steps=parameters.anchored_steps,
             learning_rate=parameters.anchored_rate,
             init=start.result.parameters["scaling"],
+            **{name: getattr(parameters, name) for name in Memory.model_fields},
         )
-        fixed = anchors(inputs.model, inputs.updates, fitted)
+        fixed = anchors(inputs.model, inputs.updates, fitted, micro_batch=micro)
         judge.add(f"anchored from {start.label}", lambda: anchored.fit(inputs, fixed, chosen), fitted=True)
     result = _finished(parameters, judge, _cost(parameters, judge, fitted))
-    return with_signal(inputs, result, start.result.parameters["scaling"], parameters.signal_rows)
+    return with_signal(inputs, result, start.result.parameters["scaling"], parameters.signal_rows, micro)
 
 
 def _candidates(inputs: MergeInputs, parameters: Parameters) -> list[tuple[str, Callable[[], MergeResult]]]:
@@ -137,13 +139,14 @@ class _Judge:
 
     inputs: MergeInputs
     fixed: Mapping[str, Anchors]
+    micro_batch: int | None
 
     def __post_init__(self) -> None:
         self.judged: list[_Judged] = []
 
     def add(self, label: str, make: Callable[[], MergeResult], *, fitted: bool = False) -> None:
         result = make()
-        found = score(self.inputs.model, result.updates, self.fixed)
+        found = score(self.inputs.model, result.updates, self.fixed, micro_batch=self.micro_batch)
         self.judged.append(_Judged(label, result, found, fitted))
 
 

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from ..coefficients import group_of
 from ..driver import check_data
-from ..factors import canonical
 from ..objectives.least_squares import Moments, coefficients, core, second_moments
 from ..parameters import Strict
 from ..result import MergeResult
@@ -31,6 +30,7 @@ class Parameters(Strict):
         toward: what the ridge pulls to: this coefficient for every task without a weight of its own. With 0
             it shrinks.
         scale: factor on the solution. The least-squares solution is short where tasks disagree.
+        micro_batch: sequences in one forward pass at most. Default: the batch.
     """
 
     granularity: Literal["core", "module", "layer", "task"] = "core"
@@ -38,6 +38,7 @@ class Parameters(Strict):
     ridge: float = Field(0.1, ge=0)
     toward: float = 0.4
     scale: float = 1.0
+    micro_batch: int | None = Field(None, ge=1)
 
 
 def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
@@ -45,7 +46,8 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
     check_data(inputs.updates, inputs.data)
     modules_of(inputs)
     batches, inputs = sampled(inputs, parameters.rows)
-    return solve(inputs, second_moments(inputs.model, inputs.updates, batches), parameters)
+    moments = second_moments(inputs.model, inputs.updates, batches, micro_batch=parameters.micro_batch)
+    return solve(inputs, moments, parameters)
 
 
 def solve(inputs: MergeInputs, moments: Moments, parameters: Parameters) -> MergeResult:
@@ -55,7 +57,7 @@ def solve(inputs: MergeInputs, moments: Moments, parameters: Parameters) -> Merg
         updates = {}
         for module, stacked in moments.stacks.items():
             x = core(moments, module, ridge=parameters.ridge, toward=toward).mul_(parameters.scale)
-            updates[module] = canonical(stacked.basis, stacked.columns @ x.to(stacked.columns.device))
+            updates[module] = stacked.merged(x)
         return plain_result("closed_form", inputs, parameters, updates)
     groups: dict[str, list[str]] = {}
     for module in moments.stacks:

@@ -46,13 +46,15 @@ def signal_probe(
     return inputs, SignalProbe(inputs.model, inputs.updates, targets, batches)
 
 
-def with_signal(inputs: MergeInputs, result: MergeResult, init: float, rows: int) -> MergeResult:
+def with_signal(
+    inputs: MergeInputs, result: MergeResult, init: float, rows: int, micro_batch: int | None = None
+) -> MergeResult:
     """The result with the signal, beginning at task arithmetic with ``init``; no notices.
 
     Nothing of it is optimised here, so that a weak signal is no reason for a warning.
     """
     if not rows:
         return result
-    inputs, probe = signal_probe(inputs, default_targets(inputs), rows)
+    inputs, probe = signal_probe(inputs, default_targets(inputs), rows, micro_batch)
     signal = probe.before(merged_updates(inputs, per_task(inputs, init)))
     return replace(result, signal=probe.after(signal, result.updates).to_dict())

@@ -18,6 +18,7 @@ the adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +30,10 @@ from ..batches import Batch, rows, token_batch
 from ..driver import backbone, forward_options
 from ..errors import MergeError
 from ..factors import LowRankUpdate
-from ..layers import model_device
+from ..layers import Installation, model_device
 from ..monitor import TokenBatch
+from ..packing import parts, passes
+from ..siblings import Siblings, share
 from .running import adapted, evaluating, on_device
 
 __all__ = ["Anchor", "AnchoredObjective", "Anchors", "anchors", "states"]
@@ -47,11 +50,31 @@ class Anchor:
         inputs: the batch.
         states: ``(N, d)`` on the CPU, tokens without padding, in the model's dtype.
         keep: ``(B, S)`` bool, which tokens those are; ``(B,)`` where a sequence has one state.
+        whole: of a part of a batch: tokens and sequences of the batch.
     """
 
     inputs: Mapping[str, Tensor]
     states: Tensor
     keep: Tensor
+    whole: tuple[int, int] | None = None
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Tokens and sequences of the batch that this is, or is a part of."""
+        return self.whole or (len(self.states), len(self.keep))
+
+    def parts(self, micro_batch: int | None) -> list[Anchor]:
+        """In parts of at most ``micro_batch`` sequences, whose distances add up to that of the whole.
+
+        Raises:
+            MergeError: as :func:`nsc_fast.packing.parts`.
+        """
+        pieces = parts(self.inputs, micro_batch)
+        if len(pieces) == 1:
+            return [self]
+        keeps = self.keep.split(micro_batch)
+        own = self.states.split([int(keep.sum()) for keep in keeps])
+        return [Anchor(*one, self.counts) for one in zip(pieces, own, keeps, strict=True)]
 
     def views(self, found: Tensor) -> list[Tensor]:
         """Differences to the anchor: ``(N, d)`` of tokens and, where there are several, ``(B, d)`` of means.
@@ -97,9 +120,9 @@ class Anchors:
         return [((off @ w.to(off)) * off).sum(1) for off, w in zip(views, self.metrics, strict=True)]
 
     def distance(self, anchor: Anchor, found: Tensor) -> Tensor:
-        """Mean distance on one batch."""
+        """Mean distance on one batch, or what a part of it has in that mean."""
         views = self.of_views(anchor, found)
-        return torch.stack([view.mean() for view in views]).mean()
+        return sum(view.sum() / count for view, count in zip(views, anchor.counts, strict=False)) / len(views)
 
 
 def states(output: Any) -> Tensor:
@@ -122,17 +145,22 @@ def anchors(
     model: nn.Module,
     updates: Mapping[str, Mapping[str, LowRankUpdate]],
     batches: Mapping[str, Sequence[Batch]],
+    *,
+    micro_batch: int | None = None,
 ) -> dict[str, Anchors]:
     """Two forward passes over every task's rows: the base model, and the task's adapter alone.
 
     The states of all rows stay in memory: ``tokens x width`` numbers a task.
+
+    Args:
+        micro_batch: sequences in one pass at most.
 
     Raises:
         MergeError: an adapter that changes nothing on its own rows, or states that are not finite.
     """
     out = {}
     for task, own in updates.items():
-        runner = StatesRunner(model, tuple(own))
+        runner = StatesRunner(model, tuple(own), micro_batch)
         with evaluating(model):
             with adapted(model, own):
                 there = [runner.anchor(batch, task) for batch in batches[task]]
@@ -162,16 +190,22 @@ def _metric(task: str, moved: Tensor) -> Tensor:
 
 
 class StatesRunner:
-    """Runs a model up to its head and returns the states."""
+    """Runs a model up to its head and returns the states, ``micro_batch`` sequences at a time."""
 
-    def __init__(self, model: nn.Module, modules: Sequence[str]) -> None:
-        self._runner = backbone(model, modules)
-        self._options = forward_options(self._runner)
+    def __init__(self, model: nn.Module, modules: Sequence[str], micro_batch: int | None = None) -> None:
+        self.runner = backbone(model, modules)
+        self.options = forward_options(self.runner)
         self.device = model_device(model)
+        self._micro_batch = micro_batch
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """``(B, ..., d)``."""
-        return states(self._runner(**on_device(inputs, self.device), **self._options))
+        pieces = [self.run(on_device(part, self.device)) for part in parts(inputs, self._micro_batch)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """``(B, ..., d)`` of one pass; the inputs are on the device."""
+        return states(self.runner(**inputs, **self.options))
 
     def anchor(self, inputs: Mapping[str, Tensor], task: str) -> Anchor:
         """What the model gives as it stands now."""
@@ -202,14 +236,19 @@ class AnchoredObjective:
         installation: what put them there; its coefficients get the gradients.
         tasks: anchors of every task.
         preferences: weight per task, normalised to sum 1. Default: equal.
+        batching, micro_batch: see :class:`nsc_fast.parameters.Memory`.
     """
 
     model: nn.Module
-    installation: Any
+    installation: Installation
     tasks: Mapping[str, Anchors]
     preferences: Mapping[str, float] | None = None
+    batching: str = "auto"
+    micro_batch: int | None = None
     finished: bool = False
     _share: dict[str, float] = field(init=False)
+    _siblings: list[Siblings] = field(default_factory=list)
+    _seen: set[frozenset[str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._runner = StatesRunner(self.model, self.installation.modules)
@@ -220,17 +259,46 @@ class AnchoredObjective:
         """Forward and backward for one batch of every task; gradients add up in the coefficients.
 
         Raises:
-            MergeError: a distance that is not finite.
+            MergeError: a distance that is not finite, or batches that cannot be joined though they must.
         """
-        total, parts = 0.0, {}
-        for task, anchor in batches.items():
-            loss = self.tasks[task].distance(anchor, self._runner.states(anchor.inputs))
-            parts[task] = float(loss.detach())
-            if not torch.isfinite(loss):
-                raise MergeError(
-                    f"the distance of task {task!r} is {parts[task]}: lower the learning rate or load the "
-                    "base model in float32"
-                )
-            (self._share[task] * loss).backward()
-            total += self._share[task] * parts[task]
-        return total, parts
+        pieces = {task: anchor.parts(self.micro_batch) for task, anchor in batches.items()}
+        distances = dict.fromkeys(batches, 0.0)
+        try:
+            for i in range(max(map(len, pieces.values()))):
+                self._pass({t: own[i] for t, own in pieces.items() if i < len(own)}, distances)
+        finally:
+            for group in self._siblings:
+                group.forget()
+        return sum(self._share[task] * value for task, value in distances.items()), distances
+
+    def _pass(self, anchors: Mapping[str, Anchor], distances: dict[str, float]) -> None:
+        tasks, device = list(anchors), self._runner.device
+        moved = {k: on_device(anchors[task].inputs, device) for k, task in enumerate(tasks)}
+        for inputs, tokens in passes(moved, device, together=self.batching):
+            self._look(inputs)
+            found = self._runner.run(inputs)
+            loss = 0.0
+            for k in tokens.task.unique().tolist():
+                anchor = anchors[tasks[k]]
+                distance = self.tasks[tasks[k]].distance(anchor, _rows(found, tokens.task == k, anchor))
+                value = float(distance.detach())
+                if not math.isfinite(value):
+                    raise MergeError(
+                        f"the distance of task {tasks[k]!r} is {value}: lower the learning rate or load the "
+                        "base model in float32"
+                    )
+                distances[tasks[k]] += value
+                loss = loss + self._share[tasks[k]] * distance
+            loss.backward()
+
+    def _look(self, inputs: Mapping[str, Tensor]) -> None:
+        """Which layers receive the same activations, found out before the first pass with such inputs."""
+        if frozenset(inputs) not in self._seen:
+            self._seen.add(frozenset(inputs))
+            self._siblings += share(self.model, lambda: self._runner.run(inputs))
+
+
+def _rows(found: Tensor, own: Tensor, anchor: Anchor) -> Tensor:
+    """One task's states in those of a joined batch, whose sequences are padded on the right."""
+    rows = found if bool(own.all()) else found[own]
+    return rows[:, : anchor.keep.shape[1]] if rows.ndim == 3 and anchor.keep.ndim == 2 else rows

@@ -28,6 +28,7 @@ from ..driver import backbone
 from ..errors import MergeError
 from ..factors import LowRankUpdate, Stack
 from ..layers import model_device, stack_adapters
+from ..packing import parts
 from .running import evaluating, on_device
 
 __all__ = ["Moments", "coefficients", "core", "second_moments"]
@@ -66,6 +67,8 @@ def second_moments(
     model: nn.Module,
     updates: Mapping[str, Mapping[str, LowRankUpdate]],
     batches: Mapping[str, Iterable[Batch]],
+    *,
+    micro_batch: int | None = None,
 ) -> Moments:
     """One forward pass over every task's rows with the task's own adapter; no gradient.
 
@@ -73,6 +76,7 @@ def second_moments(
         model: base model; unchanged when the function returns.
         updates: task -> module path -> canonical update.
         batches: task -> batches; padding does not count.
+        micro_batch: sequences in one pass at most.
 
     Raises:
         MergeError: activations that are not finite, or a module that did not run; names it.
@@ -84,8 +88,8 @@ def second_moments(
     for task in updates:
         own = _Own(task, stacks)
         with evaluating(model), own.installed(model):
-            for batch in batches[task]:
-                moved = on_device(batch, device)
+            for part in (part for batch in batches[task] for part in parts(batch, micro_batch)):
+                moved = on_device(part, device)
                 own.tokens = token_batch(moved, 0, device)
                 runner(**moved)
         for module, stacked in stacks.items():

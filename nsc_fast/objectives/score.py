@@ -40,9 +40,15 @@ class Score:
         return (self.mean + self.worst) / 2
 
 
-def score(model: nn.Module, updates: Mapping[str, LowRankUpdate], tasks: Mapping[str, Anchors]) -> Score:
-    """One forward pass over the anchors' rows of every task under the merge."""
-    runner = StatesRunner(model, tuple(updates))
+def score(
+    model: nn.Module,
+    updates: Mapping[str, LowRankUpdate],
+    tasks: Mapping[str, Anchors],
+    *,
+    micro_batch: int | None = None,
+) -> Score:
+    """One forward pass over the anchors' rows of every task under the merge, ``micro_batch`` at a time."""
+    runner = StatesRunner(model, tuple(updates), micro_batch)
     distances = {}
     with evaluating(model), adapted(model, updates):
         for task, own in tasks.items():

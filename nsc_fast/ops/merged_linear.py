@@ -10,6 +10,9 @@ over the stacked columns, and the ratio of each token is that of its own task. B
 
 The projection P may enter a loss as well; its gradient is one more term of dP.
 
+Instead of c there may be a core X ``(R, R)``, of which ``diag(c)`` is a special case: P X^T takes the place
+of P * c, and ``dL/dX = H^T P``, ``dP = H X - ...``.
+
 Siblings are layers that receive the same Z (queries, keys and values; gate and up). Their Q are stacked once
 more: one read of Z projects it for all, and all their products accumulate onto one dZ.
 

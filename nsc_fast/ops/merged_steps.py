@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch
-from .torch_steps import dense_rows
+from .torch_steps import CoefficientGrads, dense_rows
 
 __all__ = ["Sibling", "backward", "forward", "gradients", "save", "unflatten"]
 
@@ -25,7 +26,8 @@ class Sibling(NamedTuple):
     Attributes:
         columns: C, ``(d_out, R)``.
         segment: ``(R,)`` int32, index of the task of each stacked column.
-        coefficients: ``(K,)`` per task or ``(R,)`` per singular direction; differentiable.
+        coefficients: ``(K,)`` per task, ``(R,)`` per singular direction, or a core ``(R, R)`` between the
+            factors; differentiable.
         weight: W0, ``(d_out, d_in)``, frozen; a transposed view is fine (GPT-2's Conv1D).
         bias: ``(d_out,)``, frozen.
         y: ``(..., d_out)`` output of a base layer of any kind, instead of the weight; differentiable.
@@ -57,6 +59,8 @@ def forward(
     with _exactly(z):
         projection = steps.project(z, q, segment, num_tasks * len(layers), **ratio)
         for layer, p in zip(layers, _columns(projection.p, layers), strict=True):
+            if _has_core(layer):
+                p = p @ layer.coefficients.to(p.dtype).t()
             out = steps.low_rank_output(p, layer.columns, _spread(layer), bias=layer.bias, dtype=z.dtype)
             # The product with the frozen weight is the large one: it accumulates onto the small one.
             if layer.weight is not None:
@@ -94,22 +98,16 @@ def backward(
     with _exactly(p):
         for s, (layer, own_p) in enumerate(zip(layers, _columns(p, layers), strict=True)):
             out = None if dp is None else _columns(dp, layers)[s]
-            own_dp, dcoef, own_scale = steps.coefficient_grads(
-                grad_ys[s],
-                layer.columns,
-                own_p,
-                _spread(layer),
-                layer.segment,
-                num_tasks,
-                task=task,
-                a=a if a is None or alone else a[:, s],
-                omega=omega if a is None or alone else omega[:, s],
-                norm2=norm2,
-                clamp=clamp,
-                per_segment=layer.coefficients.shape != layer.segment.shape,
-                want_dp=want_dz,
-                want_dcoef=want_dcoef,
-                out=out,
+            ratio = {
+                "task": task,
+                "a": a if a is None or alone else a[:, s],
+                "omega": omega if a is None or alone else omega[:, s],
+                "norm2": norm2,
+                "clamp": clamp,
+            }
+            through = _through_core if _has_core(layer) else _through_coefficients
+            own_dp, dcoef, own_scale = through(
+                steps, layer, grad_ys[s], own_p, num_tasks, ratio, want_dz, want_dcoef, out
             )
             if dcoef is None:
                 dcoef = layer.coefficients.new_zeros(layer.coefficients.shape if want_dcoef else 0)
@@ -135,6 +133,69 @@ def backward(
     return dz, dcoefs
 
 
+def _through_coefficients(
+    steps: ModuleType,
+    layer: Sibling,
+    g: Tensor | None,
+    p: Tensor,
+    num_tasks: int,
+    ratio: dict[str, Any],
+    want_dp: bool,
+    want_dcoef: bool,
+    out: Tensor | None,
+) -> CoefficientGrads:
+    """``H = G C``, ``dc_j = sum_n P_nj H_nj``, ``dP = H * c`` with the ratio's term, in one kernel."""
+    return steps.coefficient_grads(
+        g,
+        layer.columns,
+        p,
+        _spread(layer),
+        layer.segment,
+        num_tasks,
+        **ratio,
+        per_segment=layer.coefficients.shape != layer.segment.shape,
+        want_dp=want_dp,
+        want_dcoef=want_dcoef,
+        out=out,
+    )
+
+
+def _through_core(
+    steps: ModuleType,
+    layer: Sibling,
+    g: Tensor | None,
+    p: Tensor,
+    num_tasks: int,
+    ratio: dict[str, Any],
+    want_dp: bool,
+    want_dcoef: bool,
+    out: Tensor | None,
+) -> CoefficientGrads:
+    """``H = G C``, ``dX = H^T P``, ``dP = H X`` and the ratio's term."""
+    common = layer.columns, p, _spread(layer), layer.segment, num_tasks
+    h = steps.coefficient_grads(g, *common, clamp=ratio["clamp"], per_segment=False, want_dcoef=False).dp
+    own = CoefficientGrads(None, None, None)
+    if want_dp and ratio["a"] is not None:
+        own = steps.coefficient_grads(None, *common, **ratio, per_segment=False, out=out)
+    if h is None:
+        return own
+    dcore, core = None, layer.coefficients
+    if want_dcoef:
+        dcore = h.to(core.dtype).t() @ p.to(core.dtype)
+    if not want_dp:
+        return CoefficientGrads(None, dcore, None)
+    dp = h @ core.to(h.dtype)
+    if own.dp is not None:
+        dp = own.dp.add_(dp)
+    elif out is not None:
+        dp = out.copy_(dp)
+    return CoefficientGrads(dp, dcore, own.row_scale)
+
+
+def _has_core(layer: Sibling) -> bool:
+    return layer.coefficients.ndim == 2
+
+
 def _exactly(tensor: Tensor) -> AbstractContextManager:
     """No autocast: what is rounded, and where, is decided here."""
     kind = tensor.device.type
@@ -146,8 +207,10 @@ def _columns(p: Tensor, layers: Sequence[Sibling]) -> Sequence[Tensor]:
     return (p,) if len(layers) == 1 else p.split([one.columns.shape[1] for one in layers], dim=1)
 
 
-def _spread(layer: Sibling) -> Tensor:
-    """One coefficient a stacked column, ``(R,)``."""
+def _spread(layer: Sibling) -> Tensor | None:
+    """One coefficient a stacked column, ``(R,)``; None where a core takes their place."""
+    if _has_core(layer):
+        return None
     if layer.coefficients.shape == layer.segment.shape:
         return layer.coefficients
     return layer.coefficients.index_select(0, layer.segment)

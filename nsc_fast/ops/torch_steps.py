@@ -23,8 +23,15 @@ from ..reference import TINY
 _BLOCK_BYTES = 64 << 20
 
 # A product with few columns is spread over the cores by rows, a tile each: splitting inside the product is up
-# to a third slower at ranks 16 to 96. A product with few terms is not.
+# to a third slower at ranks 16 to 96. A product with few terms is not, nor one with less work than this.
 _TILE_ROWS = 128
+_TILE_WORK = 45_000_000
+
+# With fewer rows, the other factor is not worth being laid out anew.
+_LAYOUT_ROWS = 1024
+
+# With more entries in the output, the bias is better one more term of the product than a second pass.
+_WIDE_OUTPUT = 1 << 20
 
 # From this rank on, a product and one more pass for the other term are faster than an accumulating product.
 _WIDE_RANK = 64
@@ -76,7 +83,7 @@ def project(
         siblings: with task, number S of stacks that share z; segment ``s * G / S + k`` is task k of stack s.
     """
     wide = compute_dtype(z.dtype)
-    qt = q.to(wide).t().contiguous()
+    qt = q.to(wide).t()
     p = z.new_empty(z.shape[0], q.shape[0], dtype=wide)
     norm2 = z.new_empty(z.shape[0], dtype=wide) if ratio else None
     for rows in _blocks(z, wide):
@@ -152,29 +159,36 @@ def input_gradient(
 
 
 def low_rank_output(
-    p: Tensor, c: Tensor, coef: Tensor, *, bias: Tensor | None = None, dtype: torch.dtype
+    p: Tensor, c: Tensor, coef: Tensor | None, *, bias: Tensor | None = None, dtype: torch.dtype
 ) -> Tensor:
     """``Y = (P * coef) C^T + bias``, ``(N, d_out)``, in ``dtype``; the base product accumulates onto it.
 
     Args:
         p: ``(N, R)``.
         c: ``(d_out, R)``.
-        coef: ``(R,)``.
+        coef: ``(R,)``, or None for ones.
         bias: ``(d_out,)`` or None.
     """
     wide, rank = p.dtype, p.shape[1]
-    x, c = p.new_empty(p.shape[0], rank + (bias is not None)), c.to(wide)
-    torch.mul(p, coef.to(wide), out=x[:, :rank])
-    if bias is not None:
-        # The bias is one more term of the product: a column of ones beside P. Adding it by itself costs as
-        # much as the product.
+    c, bias = c.to(wide), None if bias is None else bias.to(wide)
+    if bias is not None and p.shape[0] * c.shape[0] > _WIDE_OUTPUT:
+        # A column of ones beside P, the bias beside C. Adding it by itself costs as much as the product.
+        x = p.new_empty(p.shape[0], rank + 1)
+        if coef is None:
+            x[:, :rank] = p
+        else:
+            torch.mul(p, coef.to(wide), out=x[:, :rank])
         x[:, rank] = 1.0
-        c = torch.cat((c, bias.to(wide)[:, None]), 1)
+        c, bias = torch.cat((c, bias[:, None]), 1), None
+    else:
+        x = p if coef is None else p * coef.to(wide)
     if dtype == wide:
-        return torch.mm(x, c.t())
+        out = torch.mm(x, c.t())
+        return out if bias is None else out.add_(bias)
     out = p.new_empty(p.shape[0], c.shape[0], dtype=dtype)
     for rows in _blocks(out, wide):
-        out[rows] = torch.mm(x[rows], c.t())
+        block = torch.mm(x[rows], c.t())
+        out[rows] = block if bias is None else block.add_(bias)
     return out
 
 
@@ -182,7 +196,7 @@ def coefficient_grads(
     g: Tensor | None,
     c: Tensor,
     p: Tensor,
-    coef: Tensor,
+    coef: Tensor | None,
     segment: Tensor,
     num_segments: int,
     *,
@@ -202,7 +216,7 @@ def coefficient_grads(
         g: ``(N, d_out)`` gradient of the output, or None when nothing downstream depends on it.
         c: ``(d_out, R)``.
         p: ``(N, R)``.
-        coef: ``(R,)``.
+        coef: ``(R,)``, or None for ones.
         segment, num_segments, task, clamp: as in :func:`project`.
         a: ``(N,)`` gradient of the own ratio, or None; with ``omega`` and ``norm2`` of :func:`project`.
         per_segment: sum ``dcoef`` over the columns of each segment.
@@ -222,7 +236,10 @@ def coefficient_grads(
                 dcoef = _one_hot(segment, num_segments, wide).t() @ dcoef
         if want_dp:
             # Written once where out is part of a wider matrix, which a product would not do well.
-            dp = torch.mul(h, coef.to(wide), out=h if out is None else out)
+            if coef is not None:
+                dp = torch.mul(h, coef.to(wide), out=h if out is None else out)
+            else:
+                dp = h if out is None else out.copy_(h)
     if want_dp and a is not None:
         t = _slope(omega, norm2, a, clamp)
         own = p.masked_fill(segment != task[:, None], 0.0)
@@ -264,15 +281,17 @@ def _inside(p: Tensor, norm2: Tensor, segment: Tensor, num_segments: int) -> Ten
 
 def _contract(x: Tensor, m: Tensor, out: Tensor) -> None:
     """``out = x @ m`` for a product with few columns."""
-    x = dense_rows(x)
-    tiles = x.shape[0] // _TILE_ROWS
-    if x.device.type != "cpu" or tiles < 2 or not out.is_contiguous():
+    x, rows = dense_rows(x), x.shape[0]
+    tiles = rows // _TILE_ROWS
+    small = x.numel() * m.shape[1] < _TILE_WORK or (rows < _LAYOUT_ROWS and not m.is_contiguous())
+    if x.device.type != "cpu" or small or tiles < 2 or not out.is_contiguous():
         torch.mm(x, m, out=out)
         return
+    m = m.contiguous()
     whole = tiles * _TILE_ROWS
     tiled = out[:whole].view(tiles, _TILE_ROWS, -1)
     torch.bmm(x[:whole].view(tiles, _TILE_ROWS, -1), m.expand(tiles, *m.shape), out=tiled)
-    if whole < x.shape[0]:
+    if whole < rows:
         torch.mm(x[whole:], m, out=out[whole:])
 
 

@@ -87,11 +87,11 @@ def input_gradient(
 
 
 def low_rank_output(
-    p: Tensor, c: Tensor, coef: Tensor, *, bias: Tensor | None = None, dtype: torch.dtype
+    p: Tensor, c: Tensor, coef: Tensor | None, *, bias: Tensor | None = None, dtype: torch.dtype
 ) -> Tensor:
     """See :func:`nsc_fast.ops.torch_steps.low_rank_output`."""
     precision = _precision(dtype, p.device)
-    coef = coef.to(torch.float32)
+    coef = _ones(p) if coef is None else coef.to(torch.float32)
     return _expand.low_rank_output(p.to(dtype), c.to(dtype), coef, bias=bias, precision=precision)
 
 
@@ -99,7 +99,7 @@ def coefficient_grads(
     g: Tensor | None,
     c: Tensor,
     p: Tensor,
-    coef: Tensor,
+    coef: Tensor | None,
     segment: Tensor,
     num_segments: int,
     *,
@@ -117,11 +117,12 @@ def coefficient_grads(
     if g is None and a is None:
         return CoefficientGrads(None, None, None)
     ratio = {} if a is None else {"a": a.contiguous(), "omega": omega, "norm2": norm2}
+    coef = _ones(p) if coef is None else coef.to(torch.float32)
     done = _coefficient_grads.coefficient_grads(
         None if g is None else g.to(p.dtype),
         None if g is None else c.to(p.dtype),
         p,
-        None if g is None else coef.to(torch.float32),
+        None if g is None else coef,
         segment=segment,
         num_segments=num_segments,
         task=None if a is None else task,
@@ -134,6 +135,10 @@ def coefficient_grads(
     return CoefficientGrads(
         done.dp if want_dp else None, done.dcoef if want_dcoef else None, done.row_scale if want_dp else None
     )
+
+
+def _ones(p: Tensor) -> Tensor:
+    return torch.ones(p.shape[1], dtype=torch.float32, device=p.device)
 
 
 def _precision(dtype: torch.dtype, device: torch.device) -> str:

@@ -23,7 +23,6 @@ from nsc_fast.errors import MergeError
 from nsc_fast.layers import MergedLinear, install, remove
 from nsc_fast.methods import MergeInputs, anchored
 from nsc_fast.objectives.anchored import AnchoredObjective, anchors, states
-from nsc_fast.objectives.cores import CoreLinear, install_cores, remove_cores
 from nsc_fast.objectives.score import score
 
 RANKS = {"one": 2, "two": 3}
@@ -125,21 +124,70 @@ def test_gradients_of_merged_layers_are_those_of_merged_weights(kind):
 def test_gradients_of_the_cores_are_those_of_merged_weights(kind):
     job = Job(kind)
     fixed = anchors(job.model, job.updates, job.data)
-    installation = install_cores(job.model, job.updates, {"one": 0.3, "two": 0.7})
+    installation = install(job.model, job.updates, granularity="core", init={"one": 0.3, "two": 0.7})
     try:
         objective = AnchoredObjective(job.model, installation, fixed)
         batches = {t: own[0] for t, own in job.data.items()}
         got, _ = objective.losses({t: own.batches[0] for t, own in fixed.items()})
-        layers = {n: m for n, m in job.model.named_modules() if isinstance(m, CoreLinear)}
+        layers = {n: m for n, m in job.model.named_modules() if isinstance(m, MergedLinear)}
         cores = {n: installation.coefficients.of(n) for n in layers}
     finally:
-        remove_cores(job.model)
+        remove(job.model)
     copies = {n: x.detach().clone().requires_grad_() for n, x in cores.items()}
     merged = {n: layers[n].columns @ copies[n] @ layers[n].basis for n in layers}
     loss = job.eager(merged, batches)
     assert got == pytest.approx(float(loss.detach()), rel=1e-7)
     for name, gradient in zip(copies, torch.autograd.grad(loss, list(copies.values())), strict=True):
         assert error(cores[name].grad, gradient) < 1e-6
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"batching": "never"},
+        {"batching": "always"},
+        {"micro_batch": 1},
+        {"micro_batch": 2, "batching": "never"},
+        {"checkpointing": "always"},
+        {"checkpointing": "always", "offload": True, "micro_batch": 1},
+    ],
+    ids=str,
+)
+def test_joined_divided_or_computed_again_the_step_is_the_same(kind, changed):
+    def run(**parameters):
+        job = Job(kind)
+        for k, own in enumerate(job.data.values()):
+            # Three sequences, with other lengths and other padding in each task.
+            own[:] = [token_batch(3, 5 + k, seed=10 * k + i, padding=k) for i in range(4)]
+        passes = []
+        handle = getattr(job.model, job.inner).register_forward_hook(lambda *_: passes.append(1))
+        result = job.run(steps=3, learning_rate=0.02, signal_rows=0, **parameters)
+        handle.remove()
+        return result, len(passes)
+
+    (got, passes), (expected, before) = run(**changed), run()
+    for a, b in zip(got.history, expected.history, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-6)
+        assert a.ratios == pytest.approx(b.ratios, rel=1e-6)
+    for module, update in expected.updates.items():
+        assert error(got.updates[module].dense(), update.dense()) < 1e-5
+    # Forward passes: joined, a step has one.
+    divided = "micro_batch" in changed or changed.get("batching") == "never"
+    assert (passes > before) == divided
+
+
+def test_layers_with_the_same_input_are_computed_together():
+    job = Job("llama")
+    fixed = anchors(job.model, job.updates, job.data)
+    installation = install(job.model, job.updates, granularity="core")
+    try:
+        objective = AnchoredObjective(job.model, installation, fixed)
+        objective.losses({t: own.batches[0] for t, own in fixed.items()})
+        groups = {m.siblings for m in job.model.modules() if isinstance(m, MergedLinear) and m.siblings}
+        assert groups and all(len(group.layers) == 2 for group in groups)
+    finally:
+        remove(job.model)
 
 
 def test_an_adapter_is_at_distance_zero_and_the_base_model_at_one():
@@ -209,7 +257,7 @@ def test_ctrl_c_keeps_what_there_is():
     inputs = MergeInputs(updates=job.updates, model=job.model, data=job.data, on_step=on_step)
     result = anchored.METHOD.run(inputs, anchored.Parameters(steps=50))
     assert result.interrupted and len(result.history) == 3
-    assert not any(isinstance(m, CoreLinear | MergedLinear) for m in job.model.modules())
+    assert not any(isinstance(m, MergedLinear) for m in job.model.modules())
 
 
 def test_a_model_that_is_no_transformer():
@@ -261,11 +309,11 @@ def test_cores_around_layers_whose_weights_wait_elsewhere():
     batch = token_batch(2, 6, seed=0)
 
     def run(model):
-        installation = install_cores(model, job.updates, dict.fromkeys(RANKS, 0.4))
+        installation = install(model, job.updates, granularity="core")
         loss = model(**batch).logits.square().mean()
         loss.backward()
         grads = {m: installation.coefficients.of(m).grad for m in installation.modules}
-        remove_cores(model)
+        remove(model)
         return loss.detach(), grads
 
     loss, grads = run(job.model)

@@ -32,12 +32,12 @@ def test_the_ratio_is_a_sound_operator(case, want_z, dtype):
 
 @pytest.mark.parametrize("base", ["weight and bias", "weight", "output"])
 @pytest.mark.parametrize("task", [True, False])
-@pytest.mark.parametrize("per", ["task", "direction"])
+@pytest.mark.parametrize("per", ["task", "direction", "core"])
 def test_the_merged_layer_is_a_sound_operator(case, base, task, per):
     z = case.z.detach().reshape(6, -1).requires_grad_()
     c = case.coefficients
-    if per == "direction":
-        c = torch.randn(8, requires_grad=True)
+    if per != "task":
+        c = torch.randn((8,) if per == "direction" else (8, 8), requires_grad=True)
     y = torch.randn(6, 9, requires_grad=True) if base == "output" else None
     weight = None if base == "output" else case.weight
     bias = case.bias if base == "weight and bias" else None

@@ -38,8 +38,9 @@ class Case:
         self.weight = torch.randn(d_out, d_in, dtype=torch.float64) / d_in**0.5
         self.bias = torch.randn(d_out, dtype=torch.float64) if bias else None
         self.z = torch.randn(*leading, d_in, dtype=torch.float64, requires_grad=True)
-        count = len(ranks) if per == "task" else sum(self.stack.ranks)
-        self.coefficients = torch.randn(count, dtype=torch.float64, requires_grad=True)
+        total = sum(self.stack.ranks)
+        shape = {"task": (len(ranks),), "direction": (total,), "core": (total, total)}[per]
+        self.coefficients = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         self.task = None
         if task:
             self.task = torch.randint(-1, len(ranks), (self.n,), dtype=torch.int32)
@@ -65,11 +66,12 @@ class Case:
     def truth(self, z=None):
         """W_merge in full; the Gram-inverse ratio of every task, of which each token takes its own."""
         z = self.z if z is None else z
-        if self.coefficients.shape[0] == len(self.raw):
+        if self.coefficients.shape == (len(self.raw),):
             downs, ups = zip(*self.raw, strict=True)
             y = reference.merged_linear(z, self.weight, self.bias, downs, ups, self.scales, self.coefficients)
         else:
-            update = (self.stack.columns * self.coefficients) @ self.stack.basis
+            c = self.coefficients
+            update = self.stack.columns @ (c if c.ndim == 2 else c.diag()) @ self.stack.basis
             y = linear(z, self.weight + update, self.bias)
         if self.task is None:
             return y, None
@@ -100,7 +102,7 @@ class Case:
             assert_same(name, got, expected, roundings)
 
 
-@pytest.mark.parametrize("per", ["task", "direction"])
+@pytest.mark.parametrize("per", ["task", "direction", "core"])
 @pytest.mark.parametrize("task", [True, False], ids=["with ratio", "without ratio"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_forward_and_every_gradient(per, task, bias):
@@ -261,7 +263,7 @@ class TestLowRankUpdate:
         z, c = changed.get("z", case.z), changed.get("coefficients", case.coefficients)
         return low_rank_update(y, z, *case.factors, c, **case.options)[:2]
 
-    @pytest.mark.parametrize("per", ["task", "direction"])
+    @pytest.mark.parametrize("per", ["task", "direction", "core"])
     @pytest.mark.parametrize("task", [True, False])
     @pytest.mark.parametrize("leading", [(7,), (2, 3), (), (0,), (600,)])
     def test_forward_and_every_gradient(self, per, task, leading):
@@ -311,8 +313,9 @@ class TestLowRankUpdate:
 @pytest.mark.parametrize(
     ("n", "d_in", "d_out", "ranks"), [(40, 64, 48, (8, 8)), (600, 48, 33, (5, 3, 4)), (17, 129, 65, (16,))]
 )
-def test_no_dtype_loses_more_than_plain_torch_does(dtype, n, d_in, d_out, ranks):
-    case = Case(ranks, d_in, d_out, (n,))
+@pytest.mark.parametrize("per", ["task", "core"])
+def test_no_dtype_loses_more_than_plain_torch_does(dtype, n, d_in, d_out, ranks, per):
+    case = Case(ranks, d_in, d_out, (n,), per=per)
     weight, bias, q, columns = (t.to(dtype) for t in (case.weight, case.bias, *case.factors[:2]))
     z = case.z.detach().to(dtype)
     c = case.coefficients.detach().float()
@@ -321,7 +324,8 @@ def test_no_dtype_loses_more_than_plain_torch_does(dtype, n, d_in, d_out, ranks)
 
     def plain(z, w, b, q, columns, c):
         p = z @ q.t()
-        y = linear(z, w, b) + (p * c.to(z.dtype)[segment]) @ columns.t()
+        inner = p * c.to(z.dtype)[segment] if per == "task" else p @ c.to(z.dtype).t()
+        y = linear(z, w, b) + inner @ columns.t()
         u = (p.square() * (segment == task[:, None])).sum(-1) / z.square().sum(-1)
         return y, (1 - u).clamp(min=1e-6).sqrt()
 
@@ -411,7 +415,7 @@ def test_autocast_of_a_low_rank_update_follows_the_base_output():
     d_out=st.integers(1, 14),
     ranks=st.lists(st.integers(0, 6), min_size=1, max_size=4),
     layout=st.sampled_from(["contiguous", "last dimension strided", "transposed", "rows with a gap"]),
-    options=st.sampled_from(list(product([True, False], [True, False], ["task", "direction"]))),
+    options=st.sampled_from(list(product([True, False], [True, False], ["task", "direction", "core"]))),
     seed=st.integers(0, 10**6),
 )
 def test_fuzz_against_the_reference(leading, d_in, d_out, ranks, layout, options, seed):
@@ -423,7 +427,7 @@ def test_fuzz_against_the_reference(leading, d_in, d_out, ranks, layout, options
     case.check(roundings=1e9)
 
 
-@pytest.mark.parametrize("per", ["task", "direction"])
+@pytest.mark.parametrize("per", ["task", "direction", "core"])
 def test_gradcheck(per):
     case = Case(leading=(3,), per=per)
     case.task = torch.tensor([0, 2, -1], dtype=torch.int32)

@@ -28,7 +28,9 @@ class Family:
         self.task = torch.randint(-1, TASKS, (self.n,), dtype=torch.int32)
         self.layers, self.leaves = [], [self.z]
         for stacked, width in zip(self.stacks, WIDTHS, strict=True):
-            c = torch.randn(TASKS if per == "task" else sum(stacked.ranks), dtype=dtype, requires_grad=True)
+            total = sum(stacked.ranks)
+            shape = {"task": (TASKS,), "direction": (total,), "core": (total, total)}[per]
+            c = torch.randn(shape, dtype=dtype, requires_grad=True)
             own = stacked.columns.to(dtype), stacked.segment, c
             self.leaves.append(c)
             if given:
@@ -87,7 +89,7 @@ def assert_alike(family, task, roundings=1e3, **kinds):
             assert_same("gradient", a, b, roundings)
 
 
-@pytest.mark.parametrize("per", ["task", "direction"])
+@pytest.mark.parametrize("per", ["task", "direction", "core"])
 @pytest.mark.parametrize("given", [False, True], ids=["weights", "outputs"])
 @pytest.mark.parametrize("ratio", [True, False])
 def test_the_same_as_each_alone(per, given, ratio):

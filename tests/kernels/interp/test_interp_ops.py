@@ -22,12 +22,14 @@ def problem(n, d_in, d_out, ranks):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rankwise", [False, True])
+@pytest.mark.parametrize("per", ["task", "direction", "core"])
 @pytest.mark.parametrize("wanted", ["both", "output", "ratio"])
-def test_merged_linear_is_the_same_on_the_kernels_and_on_torch(shape, rankwise, wanted):
+def test_merged_linear_is_the_same_on_the_kernels_and_on_torch(shape, per, wanted):
     _, _, factors, weight, bias, task, z = problem(*shape)
     ranks = shape[3]
-    c = torch.linspace(-0.5, 0.9, sum(ranks) if rankwise else len(ranks))
+    c = torch.linspace(-0.5, 0.9, len(ranks) if per == "task" else sum(ranks))
+    if per == "core":
+        c = c.diag() + torch.randn(sum(ranks), sum(ranks)) / 10
     results = []
     for impl in ("triton", "torch"):
         z_, c_ = z.clone().requires_grad_(), c.clone().requires_grad_()
@@ -47,7 +49,8 @@ def test_merged_linear_is_the_same_on_the_kernels_and_on_torch(shape, rankwise, 
 
 
 @pytest.mark.parametrize("targets", [(), (1,), (0, 1, 2)])
-def test_siblings_are_the_same_on_the_kernels_and_on_torch(targets):
+@pytest.mark.parametrize("per", ["task", "core"])
+def test_siblings_are_the_same_on_the_kernels_and_on_torch(targets, per):
     problems = [problem(20, 40, width, ranks) for width, ranks in ((23, (5, 3)), (8, (2, 2)), (17, (1, 9)))]
     z, task = problems[0][6], problems[0][5]
     basis = torch.cat([p[2][0] for p in problems])
@@ -55,7 +58,10 @@ def test_siblings_are_the_same_on_the_kernels_and_on_torch(targets):
     results = []
     for impl in ("triton", "torch"):
         z_ = z.clone().requires_grad_()
-        cs = [torch.tensor([0.3, -0.8], requires_grad=True) for _ in problems]
+        cs = [torch.tensor([0.3, -0.8]) for _ in problems]
+        if per == "core":
+            cs = [c[p[2][2].long()].diag() + 0.1 for c, p in zip(cs, problems, strict=True)]
+        cs = [c.requires_grad_() for c in cs]
         layers = [
             Sibling(columns, own, c, weight, bias)
             for (_, _, (_, columns, own), weight, bias, _, _), c in zip(problems, cs, strict=True)
