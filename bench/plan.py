@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from nsc_fast.memory import readable_bytes
-from nsc_fast.planner import RESERVE, Choice, Plan, Workload
+from nsc_fast.planner import RESERVE, Choice, Plan
 from nsc_fast.targets import select_targets
+from nsc_fast.workload import Workload
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- plan:begin -->", "<!-- plan:end -->"

@@ -22,12 +22,15 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from .coefficients import Granularity
 from .driver import Driver, backbone, forward_options
 from .errors import MergeError
 from .factors import LowRankUpdate
 from .layers import features, install, remove
 from .memory import LiveBytes, Recompute, blocks_of, checkpointed
 from .monitor import TokenBatch
+from .objectives.anchored import states
+from .siblings import share
 
 __all__ = ["FakeMerge", "Footprint"]
 
@@ -96,19 +99,25 @@ class FakeMerge:
     Args:
         skeleton: the base model on the meta device, in its dtype; it is taken apart.
         ranks: task -> module -> rank.
-        targets: modules whose ratio enters the loss.
+        targets: modules whose ratio enters the loss; none where the distance of the last states is the loss.
+        granularity: of the coefficients.
     """
 
     def __init__(
-        self, skeleton: nn.Module, ranks: Mapping[str, Mapping[str, int]], targets: Sequence[str]
+        self,
+        skeleton: nn.Module,
+        ranks: Mapping[str, Mapping[str, int]],
+        targets: Sequence[str],
+        granularity: Granularity = "layer",
     ) -> None:
+        self._granularity = granularity
         self._kinds, moved = _shorten(skeleton, ranks, targets)
         self._model = skeleton.eval()
         self._ranks = {
             task: {moved[m]: rank for m, rank in own.items() if m in moved} for task, own in ranks.items()
         }
         self._targets = [moved[t] for t in targets if t in moved]
-        self._runner = backbone(skeleton, self._targets)
+        self._runner = backbone(skeleton, self._targets or tuple(moved.values()))
         self._options = forward_options(self._runner)
         self._fake = FakeTensorMode()
         with self._fake:
@@ -153,16 +162,23 @@ class FakeMerge:
         model = self._model
         driver: Driver | None = None
         installation = install(
-            model, self._adapters(), targets=self._targets, on_recorded=lambda: driver.count()
+            model,
+            self._adapters(),
+            targets=self._targets,
+            granularity=self._granularity,
+            on_recorded=lambda: driver.count(),
         )
-        driver = Driver(model, installation)
         blocks = blocks_of(model, installation.modules)
         before: dict[str, int] = {}
         grown: dict[str, int] = {}
         sizes: dict[str, int] = {}
         # A task for each token: spreading those of the rows has no fake counterpart.
         tasks = torch.zeros_like(inputs["input_ids"])
-        driver.look(inputs, TokenBatch(tasks))
+        if self._targets:
+            driver = Driver(model, installation)
+            driver.look(inputs, TokenBatch(tasks))
+        else:
+            share(model, lambda: self._runner(**inputs, **self._options))
         fixed = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters()]
         with ExitStack() as stack:
             stack.enter_context(checkpointed(model, installation.modules, recompute))
@@ -170,7 +186,10 @@ class FakeMerge:
             live = stack.enter_context(LiveBytes().ignore([*fixed, *inputs.values(), tasks]))
             for name, block in blocks.items():
                 stack.enter_context(_growth(block, name, live, before, grown, sizes))
-            loss = driver.forward(inputs, TokenBatch(tasks))
+            if driver is None:
+                loss = self._distance(inputs)
+            else:
+                loss = driver.forward(inputs, TokenBatch(tasks))
             if loss is None:
                 raise MergeError(f"no target module runs in a forward pass over {', '.join(inputs)}")
             kept = live.now
@@ -188,6 +207,13 @@ class FakeMerge:
             blocks={first: (count, grown[name]) for name, (first, count) in ran.items()},
             flops=counter.total,
         )
+
+    def _distance(self, inputs: dict[str, Tensor]) -> Tensor:
+        """A loss of the last states, with tensors like those of :mod:`nsc_fast.objectives.anchored`."""
+        found = states(self._runner(**inputs, **self._options))
+        wide = torch.float64 if found.dtype == torch.float64 else torch.float32
+        off = found.reshape(-1, found.shape[-1]).to(wide) - torch.zeros((), dtype=wide)
+        return ((off @ off.new_empty(off.shape[1], off.shape[1])) * off).sum(1).mean()
 
     def _adapters(self) -> dict[str, dict[str, LowRankUpdate]]:
         out: dict[str, dict[str, LowRankUpdate]] = {}

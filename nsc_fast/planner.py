@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from torch import nn
-
-from .adapters.check import common_base
-from .adapters.source import locate, read_config, read_headers, safetensors_headers
-from .adapters.tensors import examine
 from .errors import MergeError
 from .footprint import FakeMerge, Footprint
-from .layers import features
-from .loading import base_skeleton
 from .memory import Recompute, readable_bytes
-from .packing import positions
-from .parameters import NSCParameters
-from .quantised import quantised_by
-from .recipe import BaseSpec, Recipe
-from .targets import select_targets
+from .recipe import Recipe
+from .workload import Workload, workload
 
-__all__ = ["RESERVE", "Choice", "Need", "Plan", "Workload", "make_plan", "workload"]
+__all__ = ["RESERVE", "Choice", "Need", "Plan", "make_plan"]
 
 RESERVE = 10**9
 """Bytes left for what is not counted: the accelerator's context, its libraries and gaps between tensors."""
@@ -36,7 +23,6 @@ _WAYS: tuple[tuple[Recompute, bool], ...] = (
     ("always", False),
     ("always", True),
 )
-_DEFAULT_LENGTH = 512
 # What is counted: so many sequences, of so many tokens and of half as many.
 _ROWS, _LENGTH = 2, 2048
 
@@ -46,7 +32,7 @@ class Choice:
     """How the batches go through the model.
 
     Attributes:
-        recompute: see ``checkpointing`` of :class:`nsc_fast.parameters.NSCParameters`.
+        recompute: see ``checkpointing`` of :class:`nsc_fast.parameters.Memory`.
         offload: what checkpointed blocks keep waits on the host.
         micro_batch: sequences of each task in a pass.
         together: whether all tasks go through the model in one pass.
@@ -58,7 +44,7 @@ class Choice:
     together: bool = False
 
     def settings(self) -> dict[str, object]:
-        """The same as parameters of method "nsc"."""
+        """The same as parameters of a method, see :class:`nsc_fast.parameters.Memory`."""
         batching = {} if self.together else {"batching": "never"}
         more = {"checkpointing": self.recompute, "offload": self.offload, "micro_batch": self.micro_batch}
         return {**more, **batching}
@@ -87,43 +73,6 @@ class Need:
     time: float
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A merge, as far as memory and time go.
-
-    Attributes:
-        skeleton: base model on the meta device, in its dtype.
-        ranks: task -> module -> rank.
-        targets: modules whose ratio enters the loss.
-        weight_bytes: of the base model.
-        adapter_bytes: of the adapters' files.
-        rows: sequences of a task's batch.
-        length: tokens of the longest sequence.
-    """
-
-    skeleton: nn.Module
-    ranks: Mapping[str, Mapping[str, int]]
-    targets: Sequence[str]
-    weight_bytes: int
-    adapter_bytes: int
-    rows: int = 16
-    length: int = _DEFAULT_LENGTH
-
-    @cached_property
-    def limit(self) -> int | None:
-        """Positions of the model."""
-        return positions(self.skeleton)
-
-    @cached_property
-    def factor_numbers(self) -> int:
-        """Entries of all canonical factors, bases and columns."""
-        modules = dict(self.skeleton.named_modules())
-        total = 0
-        for own in self.ranks.values():
-            total += sum(rank * sum(features(modules[m])) for m, rank in own.items())
-        return total
-
-
 class _Costs:
     """Bytes and operations of any pass, from counts of two: they grow with the tokens and tokens x length."""
 
@@ -132,7 +81,9 @@ class _Costs:
         self.work, self.factors, self.limit = work, work.factor_numbers, work.limit
         longest = min(_LENGTH, self.limit or _LENGTH)
         self.lengths = max(longest // 2, 1), max(longest, 2)
-        self._fake = FakeMerge(work.skeleton, work.ranks, work.targets)
+        self.states = work.state_numbers if work.anchors else (0, 0)
+        self.state_bytes = next(work.skeleton.parameters()).element_size()
+        self._fake = FakeMerge(work.skeleton, work.ranks, work.targets, work.granularity)
         self._counted: dict[tuple[Recompute, bool], tuple[Footprint, Footprint]] = {}
         self._base: dict[bool, int] = {}
 
@@ -206,17 +157,23 @@ class Plan:
         rows = choice.micro_batch * (len(self.work.ranks) if choice.together else 1)
         active, offloaded = self._active(choice, rows, length)
         fixed, factors = self.fixed, self._costs.factors
-        # Canonical factors in float64, and once more stacked.
-        host = self.work.adapter_bytes + max(self.work.weight_bytes, 16 * factors) + offloaded
+        # Canonical factors in float64, once more stacked, and those of finished merges.
+        canonical = (16 + 8 * self.work.merges) * factors
+        anchors = self._costs.states[1] * self._costs.state_bytes
+        host = self.work.adapter_bytes + max(self.work.weight_bytes, canonical) + anchors + offloaded
         device = fixed + active
         if self.device == "cpu":
-            device = host = device + self.work.adapter_bytes + 16 * factors
+            device = host = device + self.work.adapter_bytes + canonical + anchors
         return Need(int(device), int(host), self._costs.time(choice.recompute, rows > 1))
 
     @property
     def fixed(self) -> int:
-        """Bytes on the device that no choice changes: weights, factors in float32, the reserve."""
-        return self.work.weight_bytes + 4 * self._costs.factors + RESERVE
+        """Bytes on the device that no choice changes: weights, factors in float32, the reserve.
+
+        And cores with their gradients and the optimiser's moments, and the metric of two views of the states.
+        """
+        more = 16 * self.work.core_numbers + 2 * 4 * self._costs.states[0] ** 2
+        return self.work.weight_bytes + 4 * self._costs.factors + more + RESERVE
 
     def _active(self, choice: Choice, rows: int, length: int) -> tuple[float, float]:
         tokens, masked = rows * length, rows > 1
@@ -281,89 +238,7 @@ def make_plan(recipe: Recipe, budget: int, device: str = "cuda") -> Plan:
     """The plan of a recipe; no weight is read.
 
     Raises:
-        MergeError: the method is not "nsc", or a sequence is longer than the model's positions.
+        MergeError: a method whose memory is not planned, or a sequence longer than the model's positions.
         AdapterError: an adapter that cannot be read.
     """
     return Plan(workload(recipe), budget, device)
-
-
-def workload(recipe: Recipe) -> Workload:
-    """What a recipe asks for, from the configs and headers of base model and adapters."""
-    parameters = recipe.method_parameters()
-    if not isinstance(parameters, NSCParameters):
-        raise MergeError(f"memory is planned for method 'nsc', not {recipe.merge_method!r}")
-    ranks, sizes, names, types = {}, 0, set(), set()
-    for spec in recipe.adapters:
-        files = locate(spec.path, name=spec.name, revision=spec.revision, subfolder=spec.subfolder)
-        config, headers = read_config(files), read_headers(files)
-        pairs = examine(config, headers, recipe.modules_to_save).pairs
-        ranks[spec.name] = {module: headers[down].shape[0] for module, (down, _) in pairs.items()}
-        sizes += files.weights.stat().st_size
-        names.add(config.get("base_model_name_or_path"))
-        types.add(config.get("task_type"))
-    base = recipe.base_model
-    if base is None:
-        name = common_base([], names.pop() if len(names) == 1 else None)
-        base = BaseSpec(path=name)
-    modules = list(dict.fromkeys(m for own in ranks.values() for m in own))
-    skeleton = base_skeleton(base, modules, task_type=types.pop() if len(types) == 1 else None).model
-    if getattr(skeleton.config, "is_encoder_decoder", False):
-        raise MergeError(
-            f"memory cannot be planned for {type(skeleton).__name__}, which has an encoder and a decoder; "
-            "leave --max-memory out, and set micro_batch and checkpointing yourself"
-        )
-    dtype = _dtype(base, skeleton)
-    skeleton.to(dtype)
-    order = [name for name, _ in skeleton.named_modules()]
-    scope = parameters.scope
-    targets = select_targets(
-        [m for m in order if m in set(modules)], layers=scope.layers, names=scope.filter, all_modules=order
-    )
-    limit = positions(skeleton)
-    rows, length = 1, 1
-    for spec in recipe.adapters:
-        if spec.data is not None:
-            wanted = spec.data.max_length or min(_DEFAULT_LENGTH, limit or _DEFAULT_LENGTH)
-            if limit is not None and wanted > limit:
-                raise MergeError(
-                    f"task {spec.name!r}: sequences of up to {wanted} tokens are longer than the {limit} "
-                    f"positions of the model; set data.max_length to {limit}"
-                )
-            rows, length = max(rows, spec.data.batch_size), max(length, wanted)
-    return Workload(skeleton, ranks, targets, _weight_bytes(base, skeleton, dtype), sizes, rows, length)
-
-
-def _weight_bytes(base: BaseSpec, skeleton: nn.Module, dtype: torch.dtype) -> int:
-    """Of the weights as they are loaded; quantised, with the copy of the largest one that a product makes."""
-    packed = quantised_by(skeleton.config.to_dict())
-    if packed is not None:
-        raise MergeError(
-            f"memory cannot be planned for {base.path!r}, whose files are quantised by {packed}; name the "
-            "base that is not, with load_in_4bit or load_in_8bit if you want"
-        )
-    total = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
-    if not base.quantised:
-        return total
-    head = skeleton.get_output_embeddings()
-    linear = [m.weight.numel() for m in skeleton.modules() if isinstance(m, nn.Linear) and m is not head]
-    # NF4 has a scale in float32 for every 64 weights; 8 bits have one a row.
-    each = 0.5 + 4 / 64 if base.load_in_4bit else 1.0
-    return int(total - sum(linear) * (dtype.itemsize - each) + max(linear, default=0) * dtype.itemsize)
-
-
-def _dtype(base: BaseSpec, skeleton: nn.Module) -> torch.dtype:
-    """As transformers chooses it: what the spec says, the config, or the first weight in the files."""
-    if base.dtype != "auto":
-        return getattr(torch, base.dtype)
-    config = getattr(skeleton.config, "dtype", None)
-    if isinstance(config, torch.dtype):
-        return config
-    for file in sorted(Path(base.path).expanduser().glob("*.safetensors")):
-        try:
-            headers = safetensors_headers(file)
-        except (SafetensorError, OSError) as error:
-            raise MergeError(f"base model {base.path!r}: {file.name} cannot be read: {error}") from error
-        for header in headers.values():
-            if header.dtype in ("float64", "float32", "bfloat16", "float16"):
-                return getattr(torch, header.dtype)
-    return torch.float32

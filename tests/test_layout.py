@@ -64,6 +64,7 @@ FLOORS = {
         "signal",
         "sweep",
         "verify",
+        "workload",
     ],
     5: [
         "cli",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import error
 from test_checkpointing import Case
-from tiny import linear_names, tiny_llama, token_batch
+from tiny import canonical_adapters, linear_names, random_adapters, tiny_llama, token_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,10 +17,12 @@ from nsc_fast.footprint import FakeMerge
 from nsc_fast.layers import install
 from nsc_fast.memory import LiveBytes, checkpointed
 from nsc_fast.monitor import TokenBatch
+from nsc_fast.objectives.anchored import AnchoredObjective, anchors
 from nsc_fast.ops import merged_linear, torch_steps
-from nsc_fast.planner import RESERVE, Choice, Plan, Workload, workload
+from nsc_fast.planner import RESERVE, Choice, Plan
 from nsc_fast.recipe import make_recipe
 from nsc_fast.targets import select_targets
+from nsc_fast.workload import Workload, workload
 
 ENDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TASKS, RANK = 3, 4
@@ -49,8 +51,6 @@ def names_of(model):
 
 def measured(recompute, rows, length, masked=True):
     """Bytes kept and at the peak of one pass on real tensors."""
-    from tiny import canonical_adapters, random_adapters
-
     from nsc_fast.driver import Driver
 
     model, holder = small_llama(), [None]
@@ -89,6 +89,32 @@ def test_counts_on_fake_tensors_are_those_on_real_ones(recompute, masked):
     found = counted(recompute, 3, 40, masked)
     assert found.kept == pytest.approx(kept, rel=0.05)
     assert found.peak == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("recompute", ["never", "always"])
+def test_counts_of_anchored_merging_are_those_on_real_tensors(recompute, masked):
+    model = small_llama()
+    names = names_of(model)
+    raw = random_adapters(model, names, {f"t{k}": RANK for k in range(TASKS)})
+    updates = canonical_adapters(raw)
+    batch = token_batch(3, 40, seed=0, padding=1 if masked else 0)
+    if not masked:
+        del batch["attention_mask"]
+    fixed = anchors(model, {"t0": updates["t0"]}, {"t0": [batch]})
+    installation = install(model, updates, granularity="core")
+    objective = AnchoredObjective(model, installation, fixed)
+    step = {"t0": fixed["t0"].batches[0]}
+    objective.losses(step)
+    held = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters()]
+    held += [p.grad for p in installation.coefficients.parameters()]
+    held += [*batch.values(), step["t0"].states, step["t0"].keep, *fixed["t0"].metrics]
+    with checkpointed(model, installation.modules, recompute), LiveBytes().ignore(held) as live:
+        objective.losses(step)
+    skeleton = small_llama("meta")
+    ranks = {f"t{k}": dict.fromkeys(names, RANK) for k in range(TASKS)}
+    found = FakeMerge(skeleton, ranks, (), "core").run(3, 40, recompute, masked=masked)
+    assert found.peak == pytest.approx(live.peak, rel=0.05)
 
 
 @pytest.mark.parametrize("recompute", ["never", "always"])
@@ -156,8 +182,6 @@ def test_longest_sequence_is_the_last_that_fits():
 def test_nothing_of_the_size_of_the_vocabulary_is_made():
     case = Case()
     tokens, vocabulary = 3 * 2 * 30, 5000
-    from tiny import canonical_adapters, random_adapters
-
     from nsc_fast.driver import Driver
 
     model = small_llama(blocks=2, vocabulary=vocabulary)
@@ -256,6 +280,26 @@ def test_dry_run_prints_the_plan(tmp_path, recipe):
     words = " ".join(done.output.split())
     assert "plan: 4 sequences of each task in a pass, nothing computed again" in words
     assert "computed, not measured" in words
+
+
+@pytest.mark.parametrize(("method", "merges"), [("auto", 3), ("anchored", 0)])
+def test_methods_that_compare_states_are_planned(tmp_path, recipe, method, merges):
+    done = merge(tmp_path, {**recipe, "merge_method": method}, "--max-memory", "24GB")
+    assert done.exit_code == 0, done.output
+    assert "plan: 4 sequences of each task in a pass" in " ".join(done.output.split())
+    work = workload(make_recipe({**recipe, "merge_method": method}, where="test"))
+    assert (work.targets, work.granularity, work.anchors, work.merges) == ((), "core", 256, merges)
+    assert work.core_numbers == len(work.ranks["t0"]) * 4**2
+    plan, more = Plan(work, 24 * 10**9), 2 * 256 * 32 * work.skeleton.config.hidden_size * 4
+    assert plan.need(Choice(), 32).host == pytest.approx(
+        work.adapter_bytes + max(work.weight_bytes, (16 + 8 * merges) * work.factor_numbers) + more
+    )
+
+
+def test_a_method_whose_memory_is_not_planned(tmp_path, recipe):
+    done = merge(tmp_path, {**recipe, "merge_method": "closed_form"}, "--max-memory", "24GB")
+    assert done.exit_code != 0
+    assert "memory is planned for methods 'nsc', 'anchored' and 'auto'" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize("recompute", ["never", "always"])

@@ -10,6 +10,7 @@ that was not fitted. It is chosen only where it is clearly nearer than every mer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -66,16 +67,15 @@ class Parameters(Memory):
 
 @dataclass(frozen=True)
 class _Judged:
-    """A candidate and its score."""
+    """A candidate's score."""
 
     label: str
-    result: MergeResult
     score: Score
     fitted: bool
 
     def eligible(self, limit: float) -> bool:
         """Whether it may be chosen."""
-        return not self.fitted or self.score.value <= limit
+        return not self.fitted or _value(self) <= limit
 
 
 def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
@@ -96,7 +96,8 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
     judge = _Judge(inputs, anchors(inputs.model, inputs.updates, kept, micro_batch=micro), micro)
     for name, own in _candidates(inputs, parameters):
         judge.add(name, own)
-    start = min((one for one in judge.judged if one.label.startswith("task_arithmetic")), key=_value)
+    scales = {_arithmetic(scale): scale for scale in parameters.scales}
+    start = min((one for one in judge.judged if one.label in scales), key=_value).label
     if parameters.closed_form_scales:
         moments = second_moments(inputs.model, inputs.updates, fitted, micro_batch=micro)
         for scale in parameters.closed_form_scales:
@@ -109,13 +110,13 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
             rows=parameters.rows,
             steps=parameters.anchored_steps,
             learning_rate=parameters.anchored_rate,
-            init=start.result.parameters["scaling"],
+            init=scales[start],
             **{name: getattr(parameters, name) for name in Memory.model_fields},
         )
         fixed = anchors(inputs.model, inputs.updates, fitted, micro_batch=micro)
-        judge.add(f"anchored from {start.label}", lambda: anchored.fit(inputs, fixed, chosen), fitted=True)
+        judge.add(f"anchored from {start}", lambda: anchored.fit(inputs, fixed, chosen), fitted=True)
     result = _finished(parameters, judge, _cost(parameters, judge, fitted))
-    return with_signal(inputs, result, start.result.parameters["scaling"], parameters.signal_rows, micro)
+    return with_signal(inputs, result, scales[start], parameters.signal_rows, micro)
 
 
 def _candidates(inputs: MergeInputs, parameters: Parameters) -> list[tuple[str, Callable[[], MergeResult]]]:
@@ -126,16 +127,23 @@ def _candidates(inputs: MergeInputs, parameters: Parameters) -> list[tuple[str, 
     arithmetic = get("task_arithmetic")
     for scale in parameters.scales:
         chosen = arithmetic.parameters(scaling=scale)
-        out.append((f"task_arithmetic {scale:g}", lambda c=chosen: arithmetic.run(inputs, c)))
+        out.append((_arithmetic(scale), lambda c=chosen: arithmetic.run(inputs, c)))
     for name in parameters.data_free:
         method = get(name)
         out.append((name, lambda m=method: m.run(inputs, m.parameters())))
     return out
 
 
+def _arithmetic(scale: float) -> str:
+    return f"task_arithmetic {scale:g}"
+
+
 @dataclass
 class _Judge:
-    """Makes candidates and keeps what they are worth."""
+    """Makes candidates and keeps what they are worth.
+
+    Of those with data and of those without, the nearest is kept: a merge of a large model takes gigabytes.
+    """
 
     inputs: MergeInputs
     fixed: Mapping[str, Anchors]
@@ -143,15 +151,22 @@ class _Judge:
 
     def __post_init__(self) -> None:
         self.judged: list[_Judged] = []
+        self.nearest: dict[bool, tuple[_Judged, MergeResult]] = {}
+        self.steps = 0
 
     def add(self, label: str, make: Callable[[], MergeResult], *, fitted: bool = False) -> None:
         result = make()
         found = score(self.inputs.model, result.updates, self.fixed, micro_batch=self.micro_batch)
-        self.judged.append(_Judged(label, result, found, fitted))
+        one = _Judged(label, found, fitted)
+        self.judged.append(one)
+        self.steps += len(result.history)
+        if fitted not in self.nearest or _value(one) < _value(self.nearest[fitted][0]):
+            self.nearest[fitted] = one, result
 
 
 def _value(one: _Judged) -> float:
-    return one.score.value
+    """What is compared; a merge under which states overflow comes last."""
+    return one.score.value if math.isfinite(one.score.value) else math.inf
 
 
 def _cost(parameters: Parameters, judge: _Judge, fitted: Mapping[str, Sequence[Batch]]) -> str:
@@ -165,8 +180,7 @@ def _cost(parameters: Parameters, judge: _Judge, fitted: Mapping[str, Sequence[B
     told = ""
     if parameters.anchored_steps:
         forward += 2 * rest
-        done = next(one.result for one in judge.judged if one.label.startswith("anchored"))
-        told = f", and {len(done.history)} optimisation steps"
+        told = f", and {judge.steps} optimisation steps"
     return f"{forward} rows forward{told}"
 
 
@@ -175,6 +189,8 @@ def _finished(parameters: Parameters, judge: _Judge, cost: str) -> MergeResult:
     ranked = sorted(judge.judged, key=_value)
     limit = parameters.margin * min(_value(one) for one in ranked if not one.fitted)
     best = next(one for one in ranked if one.eligible(limit))
+    # All of its kind are eligible or none but nearer ones: it is the nearest of its kind.
+    _, result = judge.nearest[best.fitted]
     held = ", ".join(f"{task} {own.rows}" for task, own in judge.fixed.items())
     notices = (
         f"auto chose {best.label} among {len(ranked)} merges. Distance to each adapter alone on held-out "
@@ -182,10 +198,10 @@ def _finished(parameters: Parameters, judge: _Judge, cost: str) -> MergeResult:
         f"{_table(ranked, limit)}\n  cost: {cost}",
     )
     return replace(
-        best.result,
+        result,
         method="auto",
         parameters=parameters.model_dump(mode="json"),
-        notices=(*best.result.notices, *notices),
+        notices=(*result.notices, *notices),
     )
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import error
 from pydantic import ValidationError
 from tiny import canonical_adapters, linear_names, random_adapters, tiny_bert, token_batch
 
@@ -53,6 +54,13 @@ def test_the_candidate_with_the_best_score_is_returned():
     # 8 rows judged by 6 merges, by base and adapter; 24 rows fitted with moments and two kinds of states.
     assert f"cost: {8 * 8 + 3 * 24} rows forward, and 30 optimisation steps" in notice
     assert result.method == "auto" and result.tasks == tuple(RANKS)
+
+
+def test_in_small_parts_and_computed_again_it_is_the_same_merge():
+    less, all_at_once = Job().run(micro_batch=1, checkpointing="always", batching="never"), Job().run()
+    assert less.notices == all_at_once.notices
+    for module, update in all_at_once.updates.items():
+        assert error(less.updates[module].dense(), update.dense()) < 1e-6
 
 
 def test_without_fitting_the_best_scale_wins():
