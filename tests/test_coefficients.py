@@ -105,7 +105,7 @@ def test_copies_do_not_follow_the_training():
     assert not any(v.requires_grad for v in before.values())
 
 
-@pytest.mark.parametrize("granularity", ["task", "layer", "module", "rank"])
+@pytest.mark.parametrize("granularity", ["task", "layer", "module", "rank", "core"])
 def test_the_table_names_the_tasks(granularity):
     init = {"one": 1.0, "two": 2.0, "three": 3.0}
     table = Coefficients(stacks(), TASKS, granularity=granularity, init=init).table()
@@ -118,6 +118,15 @@ def test_the_table_shows_the_mean_over_a_tasks_singular_directions():
     with torch.no_grad():
         c.values["enc/layer/0/v"].copy_(torch.tensor([1.0, 2.0, 5.0]))
     assert c.table()["enc.layer.0.v"] == {"one": 1.5, "three": 5.0}
+
+
+def test_a_core_has_the_coefficients_on_its_diagonal():
+    c = Coefficients(stacks(), TASKS, granularity="core", init={"one": 1.0, "two": 2.0, "three": 3.0})
+    assert torch.equal(c.of("enc.layer.0.v"), torch.diag(torch.tensor([1.0, 1.0, 3.0])))
+    assert [part.tolist() for part in c.of_task("one")[:1]] == [[1.0, 1.0]]
+    with torch.no_grad():
+        c.values["enc/layer/0/v"].add_(torch.ones(3, 3))
+    assert c.table()["enc.layer.0.v"] == {"one": 2.0, "three": 4.0}
 
 
 def test_a_part_of_the_tasks_is_picked_without_the_host():

@@ -201,6 +201,10 @@ def test_a_merge_of_a_stack_is_the_weighted_sum(ranks):
     torch.testing.assert_close(
         s.merged(per_direction).dense(), (s.columns * per_direction) @ s.basis, rtol=0, atol=EXACT
     )
+    core = torch.randn(2 * (sum(s.ranks),), dtype=torch.float64)
+    merged = s.merged(core)
+    assert_canonical(merged)
+    torch.testing.assert_close(merged.dense(), s.columns @ core @ s.basis, rtol=0, atol=10 * EXACT)
 
 
 def test_tasks_that_share_a_row_space_cancel_cleanly():

@@ -333,10 +333,11 @@ def test_every_granularity_has_the_gradients_of_the_merged_weights(mlp, granular
         assert_same("dcoefficients", g, e)
 
 
-def test_one_coefficient_a_singular_direction(mlp):
+@pytest.mark.parametrize("granularity", ["rank", "core"])
+def test_one_coefficient_a_singular_direction_or_a_core(mlp, granularity):
     raw, adapters = mlp_adapters(mlp)
     weights = {n: p.detach().clone() for n, p in mlp.named_parameters()}
-    installation = install(mlp, adapters, granularity="rank")
+    installation = install(mlp, adapters, granularity=granularity)
     parameters = list(installation.coefficients.parameters())
     with torch.no_grad():
         for p in parameters:
@@ -348,14 +349,15 @@ def test_one_coefficient_a_singular_direction(mlp):
     remove(mlp)
     for module, stacked in stack_adapters(adapters).items():
         c = installation.coefficients.of(module)
-        weights[f"{module}.weight"] = weights[f"{module}.weight"] + (stacked.columns * c) @ stacked.basis
+        core = c if granularity == "core" else c.diag()
+        weights[f"{module}.weight"] = weights[f"{module}.weight"] + stacked.columns @ core @ stacked.basis
     truth = functional_call(mlp, weights, (x,))
     assert_same("y", y, truth)
     for g, e in zip(got, torch.autograd.grad(truth, parameters, upstream), strict=True):
         assert_same("dcoefficients", g, e)
 
 
-@pytest.mark.parametrize("granularity", ["task", "layer", "module", "rank"])
+@pytest.mark.parametrize("granularity", ["task", "layer", "module", "rank", "core"])
 def test_tasks_that_adapt_different_modules(mlp, granularity):
     modules = {"one": MLP_MODULES[:2], "two": MLP_MODULES[1:], "three": (MLP_MODULES[3],)}
     raw, adapters = mlp_adapters(mlp, modules)
