@@ -39,7 +39,7 @@ from .driver import StepRecord
 from .errors import MergeError
 from .inputs import completed
 from .interference import Interference, interference
-from .loading import load_base
+from .loading import base_skeleton, load_base
 from .methods import MergeInputs
 from .parameters import Strict
 from .processes import Processes
@@ -342,17 +342,20 @@ def prepare_recipe(
             processes.tells = False
     on_stage("reading adapters")
     adapters, base = check_inputs(recipe)
-    on_stage(f"loading {base.path}")
     modules = dict.fromkeys(m for adapter in adapters.values() for m in adapter.modules)
-    model = load_base(base, modules, task_type=common_task_type(adapters.values()), device=device)
-    check_predictions(recipe.method_parameters(), adapters, model)
-    check_against_model([fit_to_model(adapter, model) for adapter in adapters.values()], model)
+    task_type = common_task_type(adapters.values())
+    # The weights may take minutes to load: what can be wrong without them is found before.
+    skeleton = base_skeleton(base, modules, task_type=task_type).model
+    check_predictions(recipe.method_parameters(), adapters, skeleton)
+    check_against_model([fit_to_model(adapter, skeleton) for adapter in adapters.values()], skeleton)
     data, notices = None, []
     if methods.get(recipe.merge_method).needs_data:
         on_stage("reading data")
-        data, notices = read_data(recipe, base, common_task_type(adapters.values()))
+        data, notices = read_data(recipe, base, task_type)
     elif any(spec.data is not None for spec in recipe.adapters):
         notices = [f"method {recipe.merge_method!r} uses no data: those of the recipe are not read"]
+    on_stage(f"loading {base.path}")
+    model = load_base(base, modules, task_type=task_type, device=device)
     weights = {s.name: s.parameters.weight for s in recipe.adapters if s.parameters.weight is not None}
     prepared = prepare(
         model,

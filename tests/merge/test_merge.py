@@ -1,6 +1,7 @@
 """Whole merges on a tiny model: what is written is what was merged, and PEFT loads it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -317,6 +318,29 @@ class TestEntropy:
         content = load_recipe(workshop / "recipe.yaml").model_dump(mode="json", exclude_none=True)
         with pytest.raises(MergeError, match="predicts tokens, not classes"):
             run_recipe(make_recipe({**content, "merge_method": "adamerging", "parameters": {}}, where="here"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"path": "d0.jsonl", "max_length": 10**6}}, "data.max_length is 1000000, and the base"),
+        ({"base": {"vocab_size": 20}}, "token .* is beyond the base model's vocabulary of 20"),
+        ({"base": {"hidden_size": 64}}, r"does not fit the base's \(32, 64\)"),
+    ],
+    ids=["too long", "another tokenizer", "another shape"],
+)
+def test_what_is_wrong_is_found_before_the_weights_load(workshop, tmp_path, monkeypatch, change, message):
+    from nsc_fast import merge
+
+    monkeypatch.setattr(merge, "load_base", lambda *_, **__: pytest.fail("the weights were loaded"))
+    base = shutil.copytree(workshop / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **change.get("base", {})}))
+    data = change.get("data", {"path": "d0.jsonl"})
+    data = {**data, "path": str(workshop / data["path"])}
+    adapters = [{"name": f"t{k}", "path": str(workshop / f"a{k}"), "data": data} for k in range(2)]
+    with pytest.raises((MergeError, AdapterError), match=message):
+        run_recipe(make_recipe({"base_model": str(base), "adapters": adapters}, where="here"))
 
 
 def test_a_vera_adapter_merges_with_lora_and_verifies(workshop, tmp_path):
