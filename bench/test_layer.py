@@ -109,6 +109,41 @@ def test_layer_siblings(compare, device, size) -> None:
     )
 
 
+def test_layer_with_core(compare, device, size) -> None:
+    """A core between the stacked factors, as ``anchored`` and ``auto`` train it, against autograd's."""
+    n, d, tasks, rank = {"smoke": (128, 64, 3, 4), "cpu": (2048, 2048, 6, 16), "full": (8192, 4096, 6, 16)}[
+        size
+    ]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    base = nn.Linear(d, d, device=device, dtype=dtype).requires_grad_(False)
+    named = [
+        (str(k), canonical(torch.randn(rank, d) / d**0.5, torch.randn(d, rank) * 0.02)) for k in range(tasks)
+    ]
+    stacked, core = stack(named), nn.Parameter(0.4 * torch.eye(tasks * rank, device=device))
+    ours = MergedLinear(base, stacked, lambda: core)
+    q, c = (f.to(device, dtype) for f in (stacked.basis, stacked.columns))
+    z = torch.randn(n, d, device=device, dtype=dtype, requires_grad=True)
+    g = torch.randn(n, d, device=device, dtype=dtype)
+
+    def eager(z: Tensor) -> Tensor:
+        return base(z) + ((z @ q.T) @ core.to(dtype).T) @ c.T
+
+    got = forward_backward(ours, z, g)(), z.grad, core.grad.clone()
+    core.grad = None
+    expected = forward_backward(eager, z, g)(), z.grad, core.grad
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= (1e-5 if dtype == torch.float32 else 5e-2) * b.abs().max()
+    compare(
+        forward_backward(ours, z, g),
+        {
+            "frozen base layer": forward_backward(base, z, g),
+            "the same under autograd": forward_backward(eager, z, g),
+        },
+        case=f"N={n} {d}x{d} R={tasks * rank}, a core, {str(dtype)[6:]}",
+        goals={"the same under autograd": ">= 1"},
+    )
+
+
 def test_layer_with_ratio(compare, device, size) -> None:
     """A target module: the ratio inside the layer against hooks around the eager layer."""
     from nsc_fast.ops import merged_linear
