@@ -126,10 +126,10 @@ class Anchors:
 
 
 def states(output: Any) -> Tensor:
-    """The last states in what a model returns.
+    """The last states in what a model returns: of a pair of encoders both embeddings, side by side.
 
     Raises:
-        MergeError: there is no tensor in it.
+        MergeError: there is no tensor in it, or not as many images as texts.
     """
     found = getattr(output, "last_hidden_state", None)
     if found is None:
@@ -137,8 +137,22 @@ def states(output: Any) -> Tensor:
     if found is None or not isinstance(found, Tensor):
         found = getattr(output, "logits", None)
     if not isinstance(found, Tensor):
+        found = _embeddings(output)
+    if not isinstance(found, Tensor):
         raise MergeError(f"the model returns a {type(output).__name__} without states to compare")
     return found
+
+
+def _embeddings(output: Any) -> Tensor | None:
+    """``(B, 2 d)`` where images and texts are embedded (CLIP)."""
+    both = [getattr(output, key, None) for key in ("image_embeds", "text_embeds")]
+    found = [embedded for embedded in both if isinstance(embedded, Tensor)]
+    if len({len(embedded) for embedded in found}) > 1:
+        raise MergeError(
+            f"a batch has {len(both[0])} images and {len(both[1])} texts; give batches of pairs to compare "
+            "both embeddings"
+        )
+    return torch.cat(found, -1) if found else None
 
 
 def anchors(

@@ -1,0 +1,44 @@
+"""Merges by agreement with the adapters alone, on every architecture."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from architecture_checks import train
+from architecture_rows import ROWS
+
+from nsc_fast import methods, read_adapter
+from nsc_fast.errors import MergeError
+from nsc_fast.methods import MergeInputs, anchored
+from nsc_fast.objectives.anchored import anchors, states
+from nsc_fast.objectives.score import score
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_distance_falls_and_joined_or_not_it_is_the_same(name, tmp_path):
+    row = ROWS[name]
+    model = row.build()
+    adapters = {t: read_adapter(f, name=t) for t, f in train(model, row.adapted, tmp_path).items()}
+    updates = {task: adapter.canonical() for task, adapter in adapters.items()}
+    data = {task: [row.inputs(3 * k + i) for i in range(3)] for k, task in enumerate(updates)}
+    inputs = MergeInputs(updates=updates, model=model, data=data)
+
+    def run(**parameters):
+        how = {"steps": 12, "learning_rate": 0.01, "signal_rows": 0, **parameters}
+        return anchored.METHOD.run(inputs, anchored.Parameters(**how))
+
+    joined, apart = run(), run(batching="never")
+    for a, b in zip(joined.history, apart.history, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-6)
+    fixed = anchors(model, updates, data)
+    arithmetic = methods.get("task_arithmetic")
+    start = arithmetic.run(inputs, arithmetic.parameters(scaling=0.4))
+    assert score(model, joined.updates, fixed).mean < 0.98 * score(model, start.updates, fixed).mean
+
+
+def test_a_pair_of_encoders_needs_pairs():
+    both = SimpleNamespace(image_embeds=torch.ones(2, 3), text_embeds=torch.ones(4, 3))
+    with pytest.raises(MergeError, match="a batch has 2 images and 4 texts; give batches of pairs"):
+        states(both)
+    both.text_embeds = torch.zeros(2, 3)
+    assert states(both).tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]] * 2
