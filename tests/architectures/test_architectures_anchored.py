@@ -9,19 +9,37 @@ from architecture_rows import ROWS
 
 from nsc_fast import methods, read_adapter
 from nsc_fast.errors import MergeError
-from nsc_fast.methods import MergeInputs, anchored
+from nsc_fast.methods import MergeInputs, anchored, auto
 from nsc_fast.objectives.anchored import anchors, states
 from nsc_fast.objectives.score import score
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_the_distance_falls_and_joined_or_not_it_is_the_same(name, tmp_path):
+def job(name, folder):
+    """Model, updates, and three batches of two rows for each of two tasks."""
     row = ROWS[name]
     model = row.build()
-    adapters = {t: read_adapter(f, name=t) for t, f in train(model, row.adapted, tmp_path).items()}
+    adapters = {t: read_adapter(f, name=t) for t, f in train(model, row.adapted, folder).items()}
     updates = {task: adapter.canonical() for task, adapter in adapters.items()}
     data = {task: [row.inputs(3 * k + i) for i in range(3)] for k, task in enumerate(updates)}
-    inputs = MergeInputs(updates=updates, model=model, data=data)
+    return MergeInputs(updates=updates, model=model, data=data)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_auto_chooses(name, tmp_path):
+    inputs = job(name, tmp_path)
+    result = auto.METHOD.run(
+        inputs, auto.Parameters(scales=(0.2, 0.5), data_free=("iso_c",), anchored_steps=2, margin=10.0)
+    )
+    (notice,) = [n for n in result.notices if n.startswith("auto chose ")]
+    assert " among 7 merges" in notice and set(result.updates) == {
+        m for u in inputs.updates.values() for m in u
+    }
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_distance_falls_and_joined_or_not_it_is_the_same(name, tmp_path):
+    inputs = job(name, tmp_path)
+    model, updates, data = inputs.model, inputs.updates, inputs.data
 
     def run(**parameters):
         how = {"steps": 12, "learning_rate": 0.01, "signal_rows": 0, **parameters}
