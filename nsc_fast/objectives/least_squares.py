@@ -29,6 +29,7 @@ from ..errors import MergeError
 from ..factors import LowRankUpdate, Stack
 from ..layers import model_device, stack_adapters
 from ..packing import parts
+from ..targets import routed
 from .running import evaluating, on_device
 
 __all__ = ["Moments", "coefficients", "core", "second_moments"]
@@ -41,7 +42,7 @@ class Moments:
     Attributes:
         stacks: module path -> stacked factors, float64.
         values: module path -> task -> ``E[P P^T]``, ``(R, R)`` float64 on the CPU, for the tasks that adapt
-            the module.
+            the module. An expert of a mixture, to which no token of a task was routed, has none of that task.
         passes: forward passes over the sampled rows: one.
     """
 
@@ -78,6 +79,8 @@ def second_moments(
         batches: task -> batches; padding does not count.
         micro_batch: sequences in one pass at most.
 
+    Which of the tokens that come to an expert of a mixture are padding is not known: all count there.
+
     Raises:
         MergeError: activations that are not finite, or a module that did not run; names it.
     """
@@ -93,7 +96,7 @@ def second_moments(
                 own.tokens = token_batch(moved, 0, device)
                 runner(**moved)
         for module, stacked in stacks.items():
-            if task in stacked.tasks:
+            if task in stacked.tasks and (own.ran(module) or module not in own.experts):
                 values[module][task] = own.moment(module)
     return Moments(stacks, values)
 
@@ -105,6 +108,7 @@ class _Own:
         self.task = task
         self.tokens: Any = None
         self._stacks = {m: s for m, s in stacks.items() if task in s.tasks}
+        self.experts = frozenset(routed(self._stacks))
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
         self._handles: list[Any] = []
@@ -122,6 +126,10 @@ class _Own:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def ran(self, module: str) -> bool:
+        """Whether any token came to a module."""
+        return module in self._sums
 
     def moment(self, module: str) -> Tensor:
         """``(R, R)`` float64 on the CPU."""
@@ -150,8 +158,13 @@ class _Own:
                 )
             basis, columns = self._factors[module]
             p = z.to(wide) @ basis.T
-            _, weight = self.tokens.tokens(z.shape[:-1], module)
-            rows = p.reshape(-1, p.shape[-1])[weight.to(p.device) > 0].to(torch.float64)
+            rows = p.reshape(-1, p.shape[-1])
+            if module not in self.experts:
+                _, weight = self.tokens.tokens(z.shape[:-1], module)
+                rows = rows[weight.to(p.device) > 0]
+            if not len(rows):
+                return output
+            rows = rows.to(torch.float64)
             self._sums[module] = self._sums.get(module, 0.0) + rows.T @ rows
             self._weights[module] = self._weights.get(module, 0.0) + len(rows)
             return output + (p[..., own] @ columns.T).to(output.dtype)
@@ -188,6 +201,9 @@ def core(moments: Moments, module: str, *, ridge: float, toward: Mapping[str, fl
         wished[part] += weights[task] * moment[part]
     rho = ridge * float(total.diagonal().mean())
     start = stacked.expand(torch.tensor([toward[t] for t in stacked.tasks], dtype=torch.float64))
+    if not own:
+        # No token came here: nothing is known.
+        return torch.diag(start)
     if rho == 0:
         # Without a ridge the system may be singular: the shortest minimiser.
         return wished @ torch.linalg.pinv(total, hermitian=True)
@@ -225,6 +241,8 @@ def coefficients(
                     total[a, b] += weights[task] * inner[i, j]
                 wished[a] += weights[task] * inner[i, stacked.tasks.index(task)]
     start = torch.tensor([toward[t] for t in tasks], dtype=torch.float64)
+    if not any(moments.values[module] for module in modules):
+        return dict(zip(tasks, start.tolist(), strict=True))
     rho = ridge * float(total.diagonal().mean())
     if rho == 0:
         return dict(zip(tasks, (torch.linalg.pinv(total, hermitian=True) @ wished).tolist(), strict=True))

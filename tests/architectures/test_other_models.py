@@ -292,3 +292,22 @@ class TestLoading:
             MergeError, match="no module 'nowhere'.*tried AutoModel, ViTForImageClassification"
         ):
             load_base(BaseSpec(path=str(tmp_path)), ["nowhere"], task_type=None)
+
+
+@pytest.mark.parametrize("method", ["anchored", "closed_form", "auto"])
+def test_experts_in_merges_by_agreement(tmp_path, method):
+    model = Mixture().double()
+    paths = train(model, ["mix", "w1", "w2"], tmp_path)
+    data = {task: [text(2 * i + k) for k in range(4)] for i, task in enumerate(RANKS)}
+    how = {
+        "anchored": {"steps": 3},
+        "closed_form": {},
+        "auto": {"scales": (0.2, 0.5), "data_free": ("iso_c",), "anchored_steps": 3, "margin": 10.0},
+    }
+    result = merge_adapters(model, paths, data, method=method, parameters=how[method], base_name="moe")
+    assert len(result.updates) == 2 * (1 + 4 * 2)
+    if method == "closed_form":
+        # Nobody came to the last expert: it is merged with the coefficients that the ridge pulls to.
+        own = [read_adapter(path, name=task).canonical() for task, path in paths.items()]
+        name = "layers.0.moe.experts.3.w1"
+        torch.testing.assert_close(result.updates[name].dense(), 0.4 * sum(u[name].dense() for u in own))
