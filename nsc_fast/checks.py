@@ -18,6 +18,7 @@ from .recipe import BaseSpec
 
 __all__ = [
     "check_batches",
+    "check_dense",
     "check_needs",
     "check_one_model",
     "check_predictions",
@@ -73,6 +74,22 @@ def check_one_model(method: Method) -> None:
             f"method {method.name!r} keeps the adapters apart and gives no merged LoRA to write. In Python, "
             "merge_adapters(...) returns its store: rebuild(task) gives one adapter, save_store(file) writes "
             "all. Or choose another method"
+        )
+
+
+def check_dense(method: Method, parameters: Strict, dense: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether a method that takes long gives the coefficients with which whole modules are merged.
+
+    Raises:
+        MergeError: it finds cores, or may choose a merge that has none.
+    """
+    core = getattr(parameters, "granularity", None) == "core"
+    if core or method.name == "auto":
+        path = next(path for own in dense.values() for path in own).rpartition(".")[0]
+        raise MergeError(
+            f"method {method.name!r}{' with cores' if core else ''} has no coefficients, with which modules "
+            f"trained whole could be merged (modules_to_save = merge-dense: {path}); choose 'nsc', "
+            "'task_arithmetic' or 'anchored' with granularity: module, or keep-separate or drop"
         )
 
 

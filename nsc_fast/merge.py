@@ -27,6 +27,7 @@ from .batches import Batch
 from .checkpoint import Checkpoints, digest
 from .checks import (
     check_batches,
+    check_dense,
     check_needs,
     check_one_model,
     check_predictions,
@@ -141,6 +142,8 @@ class Prepared:
         processes: Processes | None = None,
     ) -> MergeResult:
         """One merge; ``weights`` go over those of the inputs, the rest as for :func:`merge_adapters`."""
+        if self.dense:
+            check_dense(method, parameters, self.dense)
         used = {**self.inputs.weights, **(weights or {})}
         if checkpoints is not None:
             checkpoints = checkpoints.with_facts(method=method.name, **self._facts(used))

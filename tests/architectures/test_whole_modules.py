@@ -146,6 +146,19 @@ def test_a_method_without_coefficients_is_refused(llava, method):
         merge_adapters(model, adapters, method=method, base_name="llava")
 
 
+@pytest.mark.parametrize("method", ["auto", "anchored"])
+def test_cores_are_refused_before_the_long_part(llava, method, monkeypatch):
+    model, _, adapters = llava
+    data = {task: [ROW.inputs(i)] for i, task in enumerate(adapters)}
+    told = f"method '{method}'.* has no coefficients.*multi_modal_projector"
+    with monkeypatch.context() as patch, pytest.raises(MergeError, match=told):
+        patch.setattr("nsc_fast.objectives.anchored.StatesRunner.run", lambda *_: pytest.fail("it ran"))
+        merge_adapters(model, adapters, data, method=method, base_name="llava")
+    how = {"granularity": "module", "steps": 1}
+    result = merge_adapters(model, adapters, data, method="anchored", parameters=how, base_name="llava")
+    assert result.dense is not None
+
+
 def test_without_the_base_there_is_no_difference(llava):
     with pytest.raises(AdapterError, match="adapter 'a': modules_to_save = merge-dense.*give the base model"):
         merge_adapters(None, llava[2], method="task_arithmetic", base_name="llava")
