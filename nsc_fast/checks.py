@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapters import Adapter
+from .dense import without_coefficients
 from .errors import MergeError
 from .methods import Method
 from .methods.entropy import EntropyObjective
@@ -83,14 +84,8 @@ def check_dense(method: Method, parameters: Strict, dense: Mapping[str, Mapping[
     Raises:
         MergeError: it finds cores, or may choose a merge that has none.
     """
-    core = getattr(parameters, "granularity", None) == "core"
-    if core or method.name == "auto":
-        path = next(path for own in dense.values() for path in own).rpartition(".")[0]
-        raise MergeError(
-            f"method {method.name!r}{' with cores' if core else ''} has no coefficients, with which modules "
-            f"trained whole could be merged (modules_to_save = merge-dense: {path}); choose 'nsc', "
-            "'task_arithmetic' or 'anchored' with granularity: module, or keep-separate or drop"
-        )
+    if method.name == "auto" or getattr(parameters, "granularity", None) == "core":
+        raise without_coefficients(method.name, dense)
 
 
 def check_predictions(

@@ -25,7 +25,7 @@ from .errors import MergeError
 if TYPE_CHECKING:
     from .factors import LowRankUpdate
 
-__all__ = ["DenseMerge", "bind", "dense_applied", "merge_dense", "release"]
+__all__ = ["DenseMerge", "bind", "dense_applied", "merge_dense", "release", "without_coefficients"]
 
 Deltas = Mapping[str, Mapping[str, Tensor]]
 """Task -> parameter path -> ``W_k - W0``."""
@@ -166,11 +166,7 @@ def merge_dense(
         MergeError: the method has no coefficients.
     """
     if not coefficients or not stack_tasks:
-        raise MergeError(
-            f"method {method!r} has no coefficients, with which modules trained whole could be merged "
-            f"(modules_to_save = merge-dense: {_first(deltas)}); choose 'nsc' or 'task_arithmetic', or "
-            "keep-separate or drop"
-        )
+        raise without_coefficients(method, deltas)
     parts: dict[str, list[Tensor]] = {task: [] for task in deltas}
     for module, value in coefficients.items():
         tasks = stack_tasks[module]
@@ -194,6 +190,15 @@ def merge_dense(
                 merged = wide.to(torch.float64 if merged.dtype == torch.float64 else torch.float32)
             modules[owner][name] = merged
     return DenseMerge(modules, chosen)
+
+
+def without_coefficients(method: str, deltas: Deltas) -> MergeError:
+    """The error that a method gives no coefficients for whole modules."""
+    return MergeError(
+        f"method {method!r} has no coefficients, with which modules trained whole could be merged "
+        f"(modules_to_save = merge-dense: {_first(deltas)}); choose 'nsc', 'task_arithmetic' or 'anchored' "
+        "with granularity: module, or keep-separate or drop"
+    )
 
 
 def _owners(model: nn.Module, deltas: Deltas) -> tuple[str, ...]:

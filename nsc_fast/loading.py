@@ -41,7 +41,12 @@ _FALLBACKS = (
 
 
 def load_base(
-    spec: BaseSpec, modules: Iterable[str], *, task_type: str | None, device: str | torch.device = "cpu"
+    spec: BaseSpec,
+    modules: Iterable[str],
+    *,
+    task_type: str | None,
+    device: str | torch.device = "cpu",
+    skeleton: Skeleton | None = None,
 ) -> nn.Module:
     """Loads the base model in the class whose module paths hold all adapted modules.
 
@@ -52,13 +57,15 @@ def load_base(
         spec, modules, task_type: as of :func:`base_skeleton`.
         device: of the whole model, unless ``spec`` has a device map. A base that is going to be sharded
             stays on the CPU.
+        skeleton: of :func:`base_skeleton` with the same arguments, where it is there already.
 
     Raises:
         MergeError: as of :func:`base_skeleton`, or a package that quantisation needs is not installed, or a
             base that is going to be sharded is stored quantised.
     """
     check_installed(spec)
-    skeleton = base_skeleton(spec, modules, task_type=task_type)
+    if skeleton is None:
+        skeleton = base_skeleton(spec, modules, task_type=task_type)
     packed = quantised_by(skeleton.model.config.to_dict())
     if spec.shard and packed is not None:
         raise MergeError(

@@ -348,9 +348,10 @@ def prepare_recipe(
     modules = dict.fromkeys(m for adapter in adapters.values() for m in adapter.modules)
     task_type = common_task_type(adapters.values())
     # The weights may take minutes to load: what can be wrong without them is found before.
-    skeleton = base_skeleton(base, modules, task_type=task_type).model
-    check_predictions(recipe.method_parameters(), adapters, skeleton)
-    check_against_model([fit_to_model(adapter, skeleton) for adapter in adapters.values()], skeleton)
+    skeleton = base_skeleton(base, modules, task_type=task_type)
+    check_predictions(recipe.method_parameters(), adapters, skeleton.model)
+    fitted = [fit_to_model(adapter, skeleton.model) for adapter in adapters.values()]
+    check_against_model(fitted, skeleton.model)
     data, notices = None, []
     if methods.get(recipe.merge_method).needs_data:
         on_stage("reading data")
@@ -358,7 +359,7 @@ def prepare_recipe(
     elif any(spec.data is not None for spec in recipe.adapters):
         notices = [f"method {recipe.merge_method!r} uses no data: those of the recipe are not read"]
     on_stage(f"loading {base.path}")
-    model = load_base(base, modules, task_type=task_type, device=device)
+    model = load_base(base, modules, task_type=task_type, device=device, skeleton=skeleton)
     weights = {s.name: s.parameters.weight for s in recipe.adapters if s.parameters.weight is not None}
     prepared = prepare(
         model,

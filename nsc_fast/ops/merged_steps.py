@@ -105,8 +105,7 @@ def backward(
                 "norm2": norm2,
                 "clamp": clamp,
             }
-            through = _through_core if _has_core(layer) else _through_coefficients
-            own_dp, dcoef, own_scale = through(
+            own_dp, dcoef, own_scale = _through(
                 steps, layer, grad_ys[s], own_p, num_tasks, ratio, want_dz, want_dcoef, out
             )
             if dcoef is None:
@@ -133,7 +132,7 @@ def backward(
     return dz, dcoefs
 
 
-def _through_coefficients(
+def _through(
     steps: ModuleType,
     layer: Sibling,
     g: Tensor | None,
@@ -144,35 +143,12 @@ def _through_coefficients(
     want_dcoef: bool,
     out: Tensor | None,
 ) -> CoefficientGrads:
-    """``H = G C``, ``dc_j = sum_n P_nj H_nj``, ``dP = H * c`` with the ratio's term, in one kernel."""
-    return steps.coefficient_grads(
-        g,
-        layer.columns,
-        p,
-        _spread(layer),
-        layer.segment,
-        num_tasks,
-        **ratio,
-        per_segment=layer.coefficients.shape != layer.segment.shape,
-        want_dp=want_dp,
-        want_dcoef=want_dcoef,
-        out=out,
-    )
-
-
-def _through_core(
-    steps: ModuleType,
-    layer: Sibling,
-    g: Tensor | None,
-    p: Tensor,
-    num_tasks: int,
-    ratio: dict[str, Any],
-    want_dp: bool,
-    want_dcoef: bool,
-    out: Tensor | None,
-) -> CoefficientGrads:
-    """``H = G C``, ``dX = H^T P``, ``dP = H X`` and the ratio's term."""
+    """Back through a layer's coefficients, in one kernel, or its core: ``dX = H^T P``, ``dP = H X - ...``."""
     common = layer.columns, p, _spread(layer), layer.segment, num_tasks
+    if not _has_core(layer):
+        each = layer.coefficients.shape == layer.segment.shape
+        wanted = {"want_dp": want_dp, "want_dcoef": want_dcoef}
+        return steps.coefficient_grads(g, *common, **ratio, per_segment=not each, **wanted, out=out)
     h = steps.coefficient_grads(g, *common, clamp=ratio["clamp"], per_segment=False, want_dcoef=False).dp
     own = CoefficientGrads(None, None, None)
     if want_dp and ratio["a"] is not None:
