@@ -1,17 +1,20 @@
-"""``python -m bench.draw FILE...``: the tables in README.md and a plot, from saved results.
+"""``python -m bench.draw FILE``: a table with all rows, a plot, and the short table in README.md.
 
-Results are made with ``pytest bench/ --size cpu --save-results bench/results/NAME.json``. The text between
-the markers in README.md is replaced; the plot (matplotlib) stands beside the first file, as SVG.
+Results are made with ``pytest bench/ --size cpu --save-results bench/results/NAME.json``. The table and the
+plot (matplotlib) stand beside the file, as Markdown and SVG; the text between the markers in README.md is
+replaced.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+TIMES = "time of peer / ours"
 TITLES = {
     "ratio_forward": "ratio, forward",
     "ratio_forward_backward": "ratio, forward + backward",
@@ -23,36 +26,53 @@ TITLES = {
 }
 
 
-def main(files: list[str]) -> int:
-    contents = [json.loads(Path(name).read_text(encoding="utf-8")) for name in files]
-    text = "\n".join(markdown(content) for content in contents)
-    readme = README.read_text(encoding="utf-8")
-    before, rest = readme.split(BEGIN)
+def main(file: str) -> int:
+    results = Path(file)
+    content = json.loads(results.read_text(encoding="utf-8"))
+    results.with_suffix(".md").write_text(full_table(content), encoding="utf-8")
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
-    plot(contents[0], Path(files[0]).with_suffix(".svg"))
+    README.write_text(f"{before}{BEGIN}\n{short_table(content)}{END}{after}", encoding="utf-8")
+    plot(content, results.with_suffix(".svg"))
     return 0
 
 
-def markdown(content: dict) -> str:
-    """One table: how many times as long the others take, with the quartiles."""
-    p = content["provenance"]
+def full_table(content: dict) -> str:
+    """One line per measurement: how many times as long the others take, with the quartiles."""
     lines = [
-        f"Measured {p['date']} on {p['device']} ({p['threads']} threads, torch {p['torch']}, "
-        f"Python {p['python']}, seed {p['seed']}), everything in a row timed alternately in one run; "
-        "the number is the other's median time over ours, with quartiles.",
+        _provenance(content) + " The number is the other's median time over ours, with quartiles.",
         "",
         "| what | shape | compared with | times ours | quartiles |",
         "|---|---|---|---|---|",
     ]
     for row in content["rows"]:
-        title = TITLES.get(row["group"], row["group"].replace("_", " "))
-        if row["unit"] == "time of peer / ours":
-            value = f"{row['ratio']:.2f} | {row['low']:.2f} to {row['high']:.2f}"
-        else:
+        value = f"{row['ratio']:.2f} | {row['low']:.2f} to {row['high']:.2f}"
+        if row["unit"] != TIMES:
             value = f"{row['ratio']:.4g} {row['unit']} |"
-        lines.append(f"| {title} | {row['case']} | {row['peer']} | {value} |")
+        lines.append(f"| {_title(row)} | {row['case']} | {row['peer']} | {value} |")
     return "\n".join(lines) + "\n"
+
+
+def short_table(content: dict) -> str:
+    """One line per operation and shape with all that it was compared with; times only."""
+    lines = [_provenance(content), "", "| what | shape | time of the others, in times ours |", "|---|---|---|"]
+    times = [row for row in content["rows"] if row["unit"] == TIMES]
+    for (title, case), rows in groupby(times, key=lambda row: (_title(row), row["case"])):
+        peers = ", ".join(f"{row['peer']} **{row['ratio']:.2f}**" for row in rows)
+        lines.append(f"| {title} | {case.replace(' float32', '').rstrip(',')} | {peers} |")
+    return "\n".join(lines) + "\n"
+
+
+def _title(row: dict) -> str:
+    return TITLES.get(row["group"], row["group"].replace("_", " "))
+
+
+def _provenance(content: dict) -> str:
+    p = content["provenance"]
+    return (
+        f"Measured {p['date']} on {p['device']} ({p['threads']} threads, torch {p['torch']}, "
+        f"Python {p['python']}, seed {p['seed']}), everything in a row timed alternately in one run."
+    )
 
 
 def plot(content: dict, target: Path) -> None:
@@ -62,7 +82,7 @@ def plot(content: dict, target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in content["rows"] if r["unit"] == "time of peer / ours"]
+    rows = [r for r in content["rows"] if r["unit"] == TIMES]
     figure, axis = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
     y = range(len(rows))
     values = [r["ratio"] for r in rows]
@@ -71,7 +91,7 @@ def plot(content: dict, target: Path) -> None:
         [max(r["high"] - r["ratio"], 0) for r in rows],
     ]
     axis.barh(y, values, xerr=errors, color="#4878a8", ecolor="#333333", height=0.7)
-    labels = [f"{TITLES.get(r['group'], r['group'])}: {r['peer']}\n{r['case']}" for r in rows]
+    labels = [f"{_title(r)}: {r['peer']}\n{r['case']}" for r in rows]
     axis.set_yticks(y, labels, fontsize=6)
     axis.invert_yaxis()
     axis.set_xscale("log")
@@ -83,6 +103,6 @@ def plot(content: dict, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) != 2:
         sys.exit(__doc__)
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1]))
