@@ -55,7 +55,7 @@ def full_table(content: dict) -> str:
 
 def short_table(content: dict) -> str:
     """One line per operation and shape with all that it was compared with; times only."""
-    lines = [_provenance(content), "", "| what | shape | time of the others, in times ours |", "|---|---|---|"]
+    lines = [_provenance(content), "", "| what | shape | times of others / ours |", "|---|---|---|"]
     times = [row for row in content["rows"] if row["unit"] == TIMES]
     for (title, case), rows in groupby(times, key=lambda row: (_title(row), row["case"])):
         peers = ", ".join(f"{row['peer']} **{row['ratio']:.2f}**" for row in rows)
