@@ -348,18 +348,21 @@ def test_course(world) -> None:
     arguments = ["--suite", "mixed", "--cache", str(cache), "--out", str(folder), "--rows", "10"]
     assert course.main([*arguments, "--methods", "nsc", "--steps", "2", "0"]) == 0
     assert course.main([*arguments, "--methods", "nsc", "--steps", "1"]) == 0
+    assert course.main([*arguments, "--methods", "nsc", "--steps", "1", "--batch", "3", "--rate", "0.1"]) == 0
     path = folder / "course-mixed.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert sum(r["kind"] == "run" and r["unlabeled_answered_by_adapter"] == ["snips"] for r in rows) == 2
+    assert sum(r["kind"] == "run" and r["unlabeled_answered_by_adapter"] == ["snips"] for r in rows) == 3
+    assert [r["unlabeled_batch"] for r in rows if r["kind"] == "run"] == [8, 8, 3]
     merges = [r for r in rows if "course" in r]
     assert [(r["course"], r["budget"], r.get("steps", 0)) for r in merges[::3]] == [
         ("nsc", 2, 2),
         ("nsc", 0, 0),
         ("nsc", 1, 1),
+        ("nsc, 3 rows a step, rate 0.1", 1, 1),
     ]
     (results,) = table.read([path])
     lines = course.course(results)
-    assert list(lines) == ["nsc"] and lines["nsc"]["budget"] == [0, 1, 2]
+    assert list(lines) == ["nsc", "nsc, 3 rows a step, rate 0.1"] and lines["nsc"]["budget"] == [0, 1, 2]
     own = [r["normalised"] for r in rows if r.get("label") == "nsc 1"]
     assert lines["nsc"]["average"][1] == pytest.approx(100 * sum(own) / 3)
     assert 0 < lines["nsc"]["seconds"][0] < lines["nsc"]["seconds"][1]
@@ -377,6 +380,8 @@ def test_budgets() -> None:
     assert (few.label, few.method, few.parameters) == ("anchored 25", "anchored", {"steps": 25})
     auto = [one.parameters for one in course.budgets("auto", [0, 25], text.BASE)]
     assert auto == [{"anchored_steps": 0}, {"anchored_steps": 25}]
+    (quick,) = course.budgets("anchored", [25], text.BASE, rate=0.02)
+    assert quick.parameters == {**few.parameters, "learning_rate": 0.02}
     (paper,) = course.budgets("nsc", [50], text.BASE)
     assert paper.parameters["steps"] == 50 and paper.parameters["scope"] == text.BASE.target_scope
     with pytest.raises(MergeError, match="'uniform' takes no steps"):

@@ -1,12 +1,14 @@
 """Quality against the steps and the seconds that an optimisation is given.
 
     python -m bench.quality.course --suite text --out FOLDER [--methods NAME ...] [--steps N ...]
+                                   [--batch ROWS] [--rate RATE]
 
 Appends to ``FOLDER/course-SUITE.jsonl`` what ``bench.quality.run`` writes, and every row of a merge has two
 fields more: ``course``, the method, and ``budget``, the steps it was allowed. Draws an SVG of the same name
 (matplotlib) from all that the file holds, so that seeds and budgets can be added later.
 
-Every budget is a merge of its own. ``anchored``, and ``auto`` with it, let the learning rate fall to zero
+With another ``--batch`` or ``--rate`` than the default the curve is one of its own, named after them. Every
+budget is a merge of its own. ``anchored``, and ``auto`` with it, let the learning rate fall to zero
 over all of their steps: what they have in the middle of a longer run is not what a shorter run gives. A
 budget of 0 is task arithmetic with the coefficient that the optimisation begins at; ``auto`` then chooses
 among its other candidates.
@@ -31,7 +33,7 @@ from .phenomenon import panels
 from .run import record
 from .table import Results, read, summarise
 from .train import cache_folder, parsed
-from .workshop import Configuration, Workshop, defaults
+from .workshop import UNLABELED_BATCH, Configuration, Workshop, defaults
 
 __all__ = ["BUDGETS", "METHODS", "budgets", "draw", "main"]
 
@@ -39,8 +41,8 @@ METHODS = ("auto", "anchored", "nsc")
 BUDGETS = (0, 25, 50, 100, 200)
 
 
-def budgets(method: str, steps: Sequence[int], base: Base) -> list[Configuration]:
-    """One configuration for every number of steps, labelled ``METHOD STEPS``.
+def budgets(method: str, steps: Sequence[int], base: Base, rate: float | None = None) -> list[Configuration]:
+    """One configuration for every number of steps, labelled ``METHOD STEPS``; ``rate``: of learning.
 
     Raises:
         MergeError: the method takes no steps.
@@ -50,6 +52,8 @@ def budgets(method: str, steps: Sequence[int], base: Base) -> list[Configuration
     if name is None:
         raise MergeError(f"method {method!r} takes no steps; choose others, such as {', '.join(METHODS)}")
     settings = defaults(method, base)
+    if rate is not None:
+        settings["learning_rate" if name == "steps" else "anchored_rate"] = rate
     out = []
     for count in steps:
         one = Configuration(f"{method} {count}", method, {**settings, name: count})
@@ -105,14 +109,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=int, default=400, help="test rows per task, 0 for all")
     parser.add_argument("--adapter-seed", type=int, default=0)
+    parser.add_argument(
+        "--batch", type=int, default=UNLABELED_BATCH, help="unlabeled rows of a task in a step"
+    )
+    parser.add_argument("--rate", type=float, help="learning rate; default: the method's")
     options = parsed(parser, argv)
     if min(options.steps) < 0:
         raise MergeError(f"--steps {min(options.steps)}: no number of steps")
     chosen, cache = suites.suite(options.suite), cache_folder(options.cache)
     base = suites.base(chosen.base)
-    wanted = {m: budgets(m, options.steps, base) for m in dict.fromkeys(options.methods)}
+    curve = f", {options.batch} rows a step" * (options.batch != UNLABELED_BATCH)
+    curve += f", rate {options.rate}" * (options.rate is not None)
+    wanted = {}
+    for method in dict.fromkeys(options.methods):
+        own = budgets(method, options.steps, base, options.rate)
+        wanted[method + curve] = [replace(one, label=one.label + curve) for one in own]
     of = {one.label: (m, n) for m, own in wanted.items() for n, one in zip(options.steps, own, strict=True)}
-    shop = Workshop(chosen, cache, adapter_seed=options.adapter_seed, rows=options.rows or None)
+    how = {"adapter_seed": options.adapter_seed, "rows": options.rows or None, "batch": options.batch}
+    shop = Workshop(chosen, cache, **how)
     target = options.out / f"course-{chosen.name}.jsonl"
 
     def budget(row: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from nsc_fast.result import environment
 
 from . import suites
 from .train import cache_folder, parsed
-from .workshop import UNLABELED, UNLABELED_BATCH, Configuration, Merged, Workshop, configurations, parse
+from .workshop import UNLABELED, Configuration, Merged, Workshop, configurations, parse
 
 __all__ = ["BASE_LABEL", "FINE_TUNED", "main", "measure", "provenance", "record"]
 
@@ -177,7 +177,7 @@ def provenance(shop: Workshop) -> dict[str, Any]:
         "adapters": {name: adapter.digest for name, adapter in shop.adapters.items()},
         "rows": shop.rows,
         "unlabeled_rows": UNLABELED,
-        "unlabeled_batch": UNLABELED_BATCH,
+        "unlabeled_batch": shop.batch,
         "unlabeled_answered_by_adapter": [n for n, t in shop.tasks.items() if t.kind == "generation"],
         "memory": "growth of the resident set while merging (VmHWM after a reset), MiB",
     }

@@ -136,13 +136,22 @@ class Workshop:
         cache: folder of the adapters.
         adapter_seed: which training of them.
         rows: test rows per task at most; None for all.
+        batch: unlabeled rows of a task in one batch.
 
     Raises:
         MergeError: an adapter is missing; says how to train it.
     """
 
-    def __init__(self, chosen: Suite, cache: Path, *, adapter_seed: int = 0, rows: int | None = 500) -> None:
-        self.suite, self.rows, self.adapter_seed = chosen, rows, adapter_seed
+    def __init__(
+        self,
+        chosen: Suite,
+        cache: Path,
+        *,
+        adapter_seed: int = 0,
+        rows: int | None = 500,
+        batch: int = UNLABELED_BATCH,
+    ) -> None:
+        self.suite, self.rows, self.adapter_seed, self.batch = chosen, rows, adapter_seed, batch
         self.base = suites.base(chosen.base)
         self.tasks: dict[str, Task] = {task.name: task for task in suites.tasks(chosen)}
         folders = {name: adapter_folder(cache, task, adapter_seed) for name, task in self.tasks.items()}
@@ -184,7 +193,7 @@ class Workshop:
                 examples = self._generated(name, seed, rows)
             else:
                 examples = self.base.examples(task, "train", rows, seed)
-            out[name] = [x for x, _ in self.base.batches(task, examples, UNLABELED_BATCH, None)]
+            out[name] = [x for x, _ in self.base.batches(task, examples, self.batch, None)]
         return out
 
     def _generated(self, name: str, seed: int, rows: int) -> Sequence[Any]:
