@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,7 +85,8 @@ def minimise(
         processes: among which the batches of a step are divided. Default: this one alone.
 
     Returns:
-        The history, and whether the user interrupted it (Ctrl-C).
+        The history, and whether the user interrupted it. Ctrl-C lets the running step finish, a second one
+        does not; among several processes none waits.
     """
     coefficients = driver.installation.coefficients
     optimizer = torch.optim.AdamW(
@@ -93,7 +96,10 @@ def minimise(
     history: list[StepRecord] = []
     stopper = _EarlyStop(parameters)
     recorder, ended = None, False
-    with nullcontext() if processes is None else processes.guarded():
+    with (
+        _interrupts(wait=processes is None) as interrupted,
+        nullcontext() if processes is None else processes.guarded(),
+    ):
         try:
             if checkpoints is not None or processes is not None:
                 facts = {} if checkpoints is None else dict(checkpoints.facts)
@@ -125,12 +131,43 @@ def minimise(
                 ended = stopper.done(loss) or driver.finished or step == parameters.steps
                 if recorder is not None:
                     recorder.step(history, ended)
+                if interrupted() and not ended:
+                    return history, True
         except KeyboardInterrupt:
             return history, True
         finally:
             if recorder is not None:
                 recorder.close()
     return history, False
+
+
+@contextmanager
+def _interrupts(*, wait: bool) -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C was pressed, and keeps the first of them from raising anything.
+
+    What a signal raises while a finaliser runs is lost, and a step runs many. Elsewhere than in the main
+    thread, or where somebody else handles the signal, nothing is changed.
+
+    Args:
+        wait: False changes nothing either.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not (wait and ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        yield lambda: False
+        return
+    pressed = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            signal.default_int_handler(number, frame)
+        pressed = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _facts(

@@ -1,4 +1,5 @@
 import math
+import signal
 
 import pytest
 import torch
@@ -370,6 +371,36 @@ class TestOptimise:
         handle.remove()
         assert interrupted and 0 < len(history) < 50
         assert not any(isinstance(m, MergedLinear) for m in job.model.modules())
+
+    def test_ctrl_c_in_a_finaliser_is_not_lost_and_the_step_is_finished(self):
+        class Last:
+            def __del__(self):
+                signal.raise_signal(signal.SIGINT)
+
+        job = Job()
+        left = [Last()]
+        handle = job.model.get_submodule("model.layers.1").register_forward_hook(lambda *_: left.clear())
+        c, history, interrupted = self.run(job, steps=50, learning_rate=0.05)
+        handle.remove()
+        assert interrupted and len(history) == 1
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        expected, _, _ = self.run(job, steps=1, learning_rate=0.05)
+        assert all(torch.equal(c[m], expected[m]) for m in c)
+
+    def test_a_second_ctrl_c_does_not_wait(self):
+        job = Job()
+        seen = []
+
+        def interrupt(*_):
+            seen.append("begin")
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            seen.append("end")
+
+        handle = job.model.get_submodule("model.layers.1").register_forward_hook(interrupt)
+        _, history, interrupted = self.run(job, steps=50)
+        handle.remove()
+        assert interrupted and not history and seen == ["begin"]
 
     def test_early_stopping_waits_for_its_patience(self):
         job = Job()
