@@ -77,10 +77,10 @@ def _rounded(tokens: int) -> str:
 
 def main() -> None:
     """Replaces what stands between the markers."""
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
+    table = markdown()
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n{markdown()}\n{END}{after}", encoding="utf-8")
+    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,27 @@ from .checkpoint import digest, random_state, set_random_state
 from .errors import MergeError
 from .monitor import TokenBatch
 
-__all__ = ["Batch", "BatchStream", "join", "token_batch", "token_mask", "without_labels"]
+__all__ = [
+    "Batch",
+    "BatchStream",
+    "cut",
+    "image_ends",
+    "join",
+    "patches",
+    "rows",
+    "token_batch",
+    "token_mask",
+    "without_labels",
+]
 
 Batch = Mapping[str, Tensor]
 
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids")
 # Inputs that are no tokens of the text, though one of their sizes may happen to be its length.
 _NOT_TEXT = ("decoder_", "pixel_", "image_", "input_features", "input_values")
+# Patches of all images in one list, and how many of them an image has in time, height and width (Qwen2-VL).
+_PATCHES, _GRIDS, _KINDS = "pixel_values", "image_grid_thw", "mm_token_type_ids"
+_IMAGE_KIND = 1
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
 
@@ -142,6 +156,46 @@ def rows(batch: Batch) -> int:
     return batch[first].shape[0]
 
 
+def patches(batch: Batch) -> int:
+    """Patches of all images of a batch, where they come in one list; 0 where they do not."""
+    return batch[_PATCHES].shape[0] if _PATCHES in batch and _GRIDS in batch else 0
+
+
+def image_ends(batch: Batch) -> list[tuple[int, int]] | None:
+    """Where the images and the patches of every sequence end, in the lists of all.
+
+    A sequence has as many tokens of images as its images take, each of the same number of patches.
+
+    Returns:
+        ``B + 1`` pairs, the first (0, 0); None where it is not known which images are whose, or a sequence
+        has none.
+    """
+    if not patches(batch) or _KINDS not in batch:
+        return None
+    tokens = (batch[_KINDS] == _IMAGE_KIND).sum(1)
+    total, count = int(tokens.sum()), patches(batch)
+    if not bool((tokens > 0).all()) or count % total:
+        return None
+    of_images = {0: 0}
+    for number, end in enumerate(batch[_GRIDS].prod(1).cumsum(0).tolist(), 1):
+        of_images[end] = number
+    ends = [0, *(tokens.cumsum(0) * (count // total)).tolist()]
+    if any(end not in of_images for end in ends) or of_images[count] != len(batch[_GRIDS]):
+        return None
+    return [(of_images[end], end) for end in ends]
+
+
+def cut(batch: Batch, start: int, stop: int) -> dict[str, Tensor]:
+    """Sequences ``start`` to ``stop`` of a batch that is ``divisible``, with their images."""
+    ends, out = image_ends(batch), {}
+    for key, value in batch.items():
+        first, last = start, stop
+        if ends is not None and key in (_GRIDS, _PATCHES):
+            first, last = (ends[row][key == _PATCHES] for row in (start, min(stop, rows(batch))))
+        out[key] = value[first:last]
+    return out
+
+
 def token_batch(batch: Batch, task: int, device: torch.device) -> TokenBatch:
     """Task ids and masks of a batch that belongs to one task."""
     ids = torch.full((rows(batch),), task, dtype=torch.int64, device=device)
@@ -156,6 +210,7 @@ def _tokens(batch: Batch, task: Tensor, *, one_task: bool) -> TokenBatch:
         decoder=any(key.startswith("decoder_") for key in batch),
         decoder_mask=token_mask(batch, "decoder_attention_mask"),
         frames="input_features" in batch,
+        patches=patches(batch),
     )
 
 

@@ -117,17 +117,16 @@ def check_shardable(method: Method, parameters: Strict, adapters: Mapping[str, A
     """Whether a merge can run on a base model that is sharded.
 
     Raises:
-        MergeError: a method that cannot, checkpointing, or modules that were trained whole.
+        MergeError: a method that cannot, entropies of whole answers, or modules that were trained whole.
     """
     if not method.sharded_base:
         raise MergeError(
             f"method {method.name!r} cannot run on a sharded base model: leave --shard-base "
-            "(base_model.shard) out, or choose method 'nsc'"
+            "(base_model.shard) out, or choose a method that can, such as 'nsc' or 'auto'"
         )
-    if getattr(parameters, "recompute", "never") != "never":
-        raise MergeError(
-            "a sharded base model runs with checkpointing: never; a smaller micro_batch saves memory, too"
-        )
+    kind = getattr(parameters, "entropy", None)
+    if kind is not None:
+        EntropyObjective.check_shardable(kind)
     for task, adapter in adapters.items():
         if adapter.dense:
             raise MergeError(

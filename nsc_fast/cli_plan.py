@@ -15,9 +15,8 @@ __all__ = ["planned", "print_plan"]
 def print_plan(plan: Plan) -> None:
     """What the choices need, and the one that is taken."""
     work = plan.work
-    table = Table(
-        title=f"within {readable_bytes(plan.budget)}, {len(work.ranks)} tasks, {work.length} tokens"
-    )
+    title = f"within {readable_bytes(plan.budget)}, {len(work.ranks)} tasks"
+    table = Table(title=title + (f", {work.length} tokens" if work.length else ", images"))
     columns = (
         "checkpointing",
         "offload",
@@ -39,7 +38,7 @@ def print_plan(plan: Plan) -> None:
             readable_bytes(need.device) + ("" if need.device <= plan.budget else " (too much)"),
             readable_bytes(need.host),
             f"{need.time:.2f}",
-            f"{longest} tokens",
+            "" if longest is None else f"{longest} tokens",
         )
     console.print(table)
     console.print(
@@ -51,7 +50,7 @@ def print_plan(plan: Plan) -> None:
     )
     for name, (count, size) in plan.blocks("never").items():
         like = f" and {count - 1} more like it keep" if count > 1 else " keeps"
-        console.print(f"  {name}{like} {size:.0f} bytes a token", highlight=False)
+        console.print(f"  {name}{like} {size:.0f} bytes a {plan.unit}", highlight=False)
 
 
 def planned(recipe: Recipe, budget: str, device: str) -> Recipe:
@@ -63,4 +62,6 @@ def planned(recipe: Recipe, budget: str, device: str) -> Recipe:
     plan = make_plan(recipe, parse_bytes(budget), device)
     print_plan(plan)
     console.print(f"plan: {plan.chosen}", highlight=False)
-    return recipe.model_copy(update={"parameters": {**recipe.parameters, **plan.chosen.settings()}})
+    return recipe.model_copy(
+        update={"parameters": {**recipe.parameters, **plan.chosen.settings(plan.work.objective)}}
+    )

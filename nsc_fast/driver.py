@@ -18,15 +18,15 @@ from .batches import Batch, BatchStream
 from .checkpoint import Checkpoints
 from .errors import MergeError
 from .factors import LowRankUpdate
-from .layers import Installation, install, remove
+from .layers import Installation, install, model_device, remove
 from .loop import Objective, StepRecord, Stream, minimise
 from .memory import EndOfPass, checkpointed
-from .monitor import TokenBatch
+from .monitor import TokenBatch, Whole
 from .objectives.running import evaluating
 from .packing import Passes, backbone, check_positions, forward_options, positions
 from .parameters import NSCParameters
 from .processes import Processes
-from .sharding import check_sharding, gathered, is_sharded, with_idle_passes
+from .sharding import InStep, Pass, check_sharding, counted_for_nothing, gathered, is_sharded
 from .siblings import Siblings, share
 from .targets import routed, select_targets
 
@@ -64,7 +64,7 @@ class Driver:
         packing: "auto" joins batches without padding if the model keeps packed sequences apart, "always"
             insists, "never" does not.
         on_notice: is told what the user should know.
-        agree: largest of a number over all processes, where the base model is sharded over them.
+        in_step: keeps the passes of all processes in step, where the base model is sharded over them.
     """
 
     model: nn.Module
@@ -74,7 +74,7 @@ class Driver:
     micro_batch: int | None = None
     packing: str = "never"
     on_notice: Callable[[str], None] | None = None
-    agree: Callable[[int], int] | None = None
+    in_step: InStep | None = None
     _recent: dict[str, deque[float]] = field(default_factory=dict)
     _runner: nn.Module = field(init=False)
     _options: dict[str, Any] = field(init=False)
@@ -92,7 +92,7 @@ class Driver:
         """To be called after each target module: stops the pass when all have run."""
         monitor = self.installation.monitor
         last = monitor.latest, monitor.calls(monitor.latest)
-        if self.agree is None and self._expected.get(self._kind) == last:
+        if self.in_step is None and self._expected.get(self._kind) == last:
             raise EndOfPass
 
     def losses(self, batches: Mapping[str, Batch]) -> tuple[float, dict[str, float]]:
@@ -108,25 +108,31 @@ class Driver:
         self.observe(ratios)
         return loss, ratios
 
+    def prepare(self, batches: Mapping[str, Batch]) -> None:
+        """Decides by the batches of all tasks whether they are packed; :meth:`part` knows some of them."""
+        if self._passes.packed is None:
+            device = next(self.installation.coefficients.parameters()).device
+            self._passes(batches, self.installation.monitor.tasks, device)
+
     def part(
-        self, batches: Mapping[str, Batch], wholes: Mapping[str, tuple[float, int]] | None = None
+        self, batches: Mapping[str, Batch], wholes: Mapping[str, Whole] | None = None
     ) -> tuple[float, dict[str, float]]:
         """As :meth:`losses`, for some tasks or parts of batches, without deciding which tasks stop.
 
         Args:
-            batches: task -> batch, or part of one.
-            wholes: for parts: task -> token weight and number of sequences of its whole batch. The losses and
-                ratios of all parts add up to those of the whole batches.
+            batches: task -> batch, or part of one; none is for sharded base models.
+            wholes: for parts: task -> sizes of its whole batch. The losses and ratios of all parts add up to
+                those of the whole batches.
         """
         monitor = self.installation.monitor
         device = next(self.installation.coefficients.parameters()).device
         total, ratios = 0.0, {}
         try:
-            passes = self._passes(batches, monitor.tasks, device, wholes)
-            if self.agree is not None:
-                passes = with_idle_passes(passes, len(monitor.tasks), self.agree)
+            passes = self._passes(batches, monitor.tasks, device, wholes) if batches else []
+            if self.in_step is not None:
+                passes = self.in_step(passes, self._idle)
             for inputs, tokens in passes:
-                if self.agree is None and frozenset(inputs) not in self._expected:
+                if frozenset(inputs) not in self._expected:
                     self.look(inputs, tokens)
                 loss = self.forward(inputs, tokens)
                 present = {monitor.tasks[k] for k in tokens.task.unique().tolist()}
@@ -142,6 +148,9 @@ class Driver:
             preferences = zip(monitor.tasks, monitor.preferences, strict=True)
             total = sum(pi * ratios.get(t, 0.0) for t, pi in preferences)
         return total, ratios
+
+    def _idle(self, one: Pass) -> Pass:
+        return counted_for_nothing(one, len(self.installation.monitor.tasks))
 
     @property
     def finished(self) -> bool:
@@ -267,13 +276,8 @@ def optimise(
     parameters = parameters or NSCParameters()
     check_data(adapters, data)
     check_positions(model, data)
+    check_sharding(model, [m for own in adapters.values() for m in own], processes)
     sharded = is_sharded(model)
-    if sharded:
-        check_sharding(model, (m for own in adapters.values() for m in own))
-        if processes is None or objective is not None or parameters.recompute != "never":
-            raise MergeError(
-                "a sharded base model is for method 'nsc' in several processes, with checkpointing 'never'"
-            )
     targets = () if objective is not None else target_modules(model, adapters, parameters)
     experts = routed(dict.fromkeys(m for own in adapters.values() for m in own)) if targets else ()
     if experts and on_notice is not None:
@@ -297,7 +301,7 @@ def optimise(
                 on_recorded=lambda: driver.count(),
                 impl=impl,
             )
-            recompute = nullcontext()
+            recompute = gathering = nullcontext()
             if objective is not None:
                 driver = objective(model, installation)
             else:
@@ -305,9 +309,15 @@ def optimise(
                 driver = Driver(model, installation, *how, on_notice)
                 again, offload = parameters.recompute, parameters.offload
                 recompute = checkpointed(model, installation.modules, again, offload=offload)
-                if sharded:
-                    driver.agree, recompute = processes.largest, gathered(model, targets)
-            with recompute:
+            if sharded:
+                if not hasattr(driver, "in_step"):
+                    raise MergeError(
+                        f"{type(driver).__name__} cannot run on a sharded base model, for which an objective "
+                        "has to keep its passes in step (in_step): leave the base whole"
+                    )
+                driver.in_step = InStep(processes, model_device(model))
+                gathering = gathered(model, targets)
+            with gathering, recompute:
                 history, interrupted = minimise(driver, streams, parameters, on_step, checkpoints, processes)
             return installation.coefficients.by_module(), history, interrupted
         finally:

@@ -6,11 +6,11 @@ Blocks of one kind (same class, shapes, adapters and targets) need the same, so 
 
 from __future__ import annotations
 
-import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,26 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from .batches import token_batch
 from .coefficients import Granularity
 from .driver import Driver, backbone, forward_options
 from .errors import MergeError
 from .factors import LowRankUpdate
-from .layers import features, install, remove
+from .layers import features, install, remove, stack_adapters
 from .memory import LiveBytes, Recompute, blocks_of, checkpointed
-from .monitor import TokenBatch
 from .objectives.anchored import states
+from .objectives.least_squares import Projections
+from .row_inputs import RowInputs
+from .shortened import Growth, fill, shorten
 from .siblings import share
 
-__all__ = ["FakeMerge", "Footprint"]
+__all__ = ["FakeMerge", "Footprint", "Objective"]
+
+Objective = Literal["ratio", "states", "moments"]
 
 _aten = torch.ops.aten
+# Switches off what transformers checks between inputs.
+_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
 def _attention(formula: Callable[..., int], *shapes: torch.Size) -> int:
@@ -99,64 +106,85 @@ class FakeMerge:
     Args:
         skeleton: the base model on the meta device, in its dtype; it is taken apart.
         ranks: task -> module -> rank.
-        targets: modules whose ratio enters the loss; none where the distance of the last states is the loss.
+        targets: modules whose ratio enters the loss.
         granularity: of the coefficients.
+        objective: the "ratio" at the targets, the distance of the last "states", or the "moments" of the
+            projections, which need no backward pass.
+        inputs: of the model.
     """
 
     def __init__(
         self,
         skeleton: nn.Module,
         ranks: Mapping[str, Mapping[str, int]],
-        targets: Sequence[str],
+        targets: Sequence[str] = (),
         granularity: Granularity = "layer",
+        *,
+        objective: Objective = "ratio",
+        inputs: RowInputs | None = None,
     ) -> None:
-        self._granularity = granularity
-        self._kinds, moved = _shorten(skeleton, ranks, targets)
+        self._granularity, self._objective, self._inputs = granularity, objective, inputs or RowInputs()
+        self._kinds, moved = shorten(skeleton, ranks, targets)
         self._model = skeleton.eval()
         self._ranks = {
             task: {moved[m]: rank for m, rank in own.items() if m in moved} for task, own in ranks.items()
         }
         self._targets = [moved[t] for t in targets if t in moved]
-        self._runner = backbone(skeleton, self._targets or tuple(moved.values()))
+        # A classifier looks at values to find what its head reads; its decoder's inputs are given here.
+        headless = self._inputs.decoder < 0 and objective != "states"
+        self._top = skeleton.base_model if headless else skeleton
+        self._runner = backbone(self._top, self._targets or tuple(moved.values()))
         self._options = forward_options(self._runner)
         self._fake = FakeTensorMode()
         with self._fake:
-            _fill(skeleton)
+            fill(skeleton)
 
     def base_flops(self, rows: int, length: int, *, masked: bool = True) -> int:
         """Operations of the base model's forward pass alone, in the blocks that :meth:`run` runs."""
-        with self._fake, torch.no_grad(), _single_sequences():
-            inputs = _inputs(rows, length, masked)
+        with self._faking(), torch.no_grad():
+            inputs = self._batch(rows, length, masked)
             with _Flops() as counter:
                 self._runner(**inputs, **self._options)
         return counter.total
 
+    def state_shape(self, length: int) -> tuple[int, int]:
+        """Width of the last states, and their entries of one row of ``length`` tokens."""
+        with self._faking(), torch.no_grad():
+            found = states(self._runner(**self._batch(1, length, False), **self._options))
+        return found.shape[-1], found.numel()
+
     def run(
         self, rows: int, length: int, recompute: Recompute = "never", *, masked: bool = True
     ) -> Footprint:
-        """Counts for ``rows`` sequences of ``length`` tokens.
+        """Counts for ``rows`` rows of ``length`` tokens.
 
         Args:
             masked: with a mask of padding, of which most kinds of attention make ``rows x length x length``.
 
         Raises:
-            MergeError: a model that takes no token ids or whose shapes depend on values, or nothing to
-                compute again, see :func:`nsc_fast.memory.checkpointed`.
+            MergeError: a model whose shapes depend on values, or nothing to compute again, see
+                :func:`nsc_fast.memory.checkpointed`.
         """
-        if "input_ids" not in inspect.signature(self._runner.forward).parameters:
-            raise MergeError(
-                f"memory is planned for text, and {type(self._model).__name__} takes no token ids"
-            )
-        with self._fake, _single_sequences():
+        with self._faking():
             try:
-                return self._run(_inputs(rows, length, masked), recompute)
+                inputs = self._batch(rows, length, masked)
+                return self._moments(inputs) if self._objective == "moments" else self._run(inputs, recompute)
+            finally:
+                remove(self._model)
+
+    @contextmanager
+    def _faking(self) -> Iterator[None]:
+        with self._fake, _without_values():
+            try:
+                yield
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise MergeError(
                     f"memory cannot be planned for {type(self._model).__name__}, whose shapes depend on "
-                    f"values ({error})"
+                    f"values ({error}); leave --max-memory out, and set micro_batch yourself"
                 ) from error
-            finally:
-                remove(self._model)
+
+    def _batch(self, rows: int, length: int, masked: bool) -> dict[str, Tensor]:
+        return self._inputs.batch(rows, length, masked=masked)
 
     def _run(self, inputs: dict[str, Tensor], recompute: Recompute) -> Footprint:
         model = self._model
@@ -168,45 +196,49 @@ class FakeMerge:
             granularity=self._granularity,
             on_recorded=lambda: driver.count(),
         )
-        blocks = blocks_of(model, installation.modules)
-        before: dict[str, int] = {}
-        grown: dict[str, int] = {}
-        sizes: dict[str, int] = {}
-        # A task for each token: spreading those of the rows has no fake counterpart.
-        tasks = torch.zeros_like(inputs["input_ids"])
-        if self._targets:
-            driver = Driver(model, installation)
-            driver.look(inputs, TokenBatch(tasks))
+        tokens = token_batch(inputs, 0, torch.device("cpu"))
+        if self._objective == "ratio":
+            driver = Driver(self._top, installation)
+            driver.look(inputs, tokens)
         else:
             share(model, lambda: self._runner(**inputs, **self._options))
         fixed = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters()]
         with ExitStack() as stack:
             stack.enter_context(checkpointed(model, installation.modules, recompute))
             counter = stack.enter_context(_Flops())
-            live = stack.enter_context(LiveBytes().ignore([*fixed, *inputs.values(), tasks]))
-            for name, block in blocks.items():
-                stack.enter_context(_growth(block, name, live, before, grown, sizes))
-            if driver is None:
-                loss = self._distance(inputs)
-            else:
-                loss = driver.forward(inputs, TokenBatch(tasks))
+            live = stack.enter_context(LiveBytes().ignore([*fixed, *inputs.values(), tokens.task]))
+            grown = stack.enter_context(self._growth(live, installation.modules))
+            loss = self._distance(inputs) if driver is None else driver.forward(inputs, tokens)
             if loss is None:
                 raise MergeError(f"no target module runs in a forward pass over {', '.join(inputs)}")
+            grown.end()
             kept = live.now
-            # The pass ends inside of the last block that it needs: what comes after a block does not run.
-            grown |= {name: kept - was for name, was in before.items() if name not in grown}
             loss.backward()
             installation.monitor.clear()
-        # Behind the last target nothing runs.
-        ran = {name: kind for name, kind in self._kinds.items() if name in grown}
-        rest = sum((count - 1) * grown[name] for name, (_, count) in ran.items())
-        return Footprint(
-            kept=kept + rest,
-            peak=live.peak + rest,
-            inputs=sum(count * sizes[name] for name, (_, count) in ran.items()),
-            blocks={first: (count, grown[name]) for name, (first, count) in ran.items()},
-            flops=counter.total,
-        )
+        return _footprint(grown, kept, counter.total)
+
+    def _moments(self, inputs: dict[str, Tensor]) -> Footprint:
+        """Of the task whose adapter is the largest."""
+        stacks = stack_adapters(self._adapters())
+        task = max(self._ranks, key=lambda t: sum(self._ranks[t].values()))
+        model = self._model
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            own = stack.enter_context(Projections(task, stacks).installed(model))
+            own.tokens = token_batch(inputs, 0, torch.device("cpu"))
+            stack.enter_context(_NoPadding())
+            # The factors come to the device in the first pass, and stay.
+            self._runner(**inputs, **self._options)
+            counter = stack.enter_context(_Flops())
+            fixed = [*model.parameters(), *model.buffers(), *inputs.values(), *own.held()]
+            live = stack.enter_context(LiveBytes().ignore([*fixed, own.tokens.task]))
+            grown = stack.enter_context(self._growth(live, tuple(stacks)))
+            self._runner(**inputs, **self._options)
+            grown.end()
+        return _footprint(grown, 0, counter.total)
+
+    def _growth(self, live: LiveBytes, modules: Sequence[str]) -> Growth:
+        return Growth(blocks_of(self._model, modules), self._kinds, live)
 
     def _distance(self, inputs: dict[str, Tensor]) -> Tensor:
         """A loss of the last states, with tensors like those of :mod:`nsc_fast.objectives.anchored`."""
@@ -229,130 +261,38 @@ class FakeMerge:
         return out
 
 
-def _inputs(rows: int, length: int, masked: bool) -> dict[str, Tensor]:
-    names = ("input_ids", "attention_mask") if masked else ("input_ids",)
-    return {name: torch.ones(rows, length, dtype=torch.int64) for name in names}
+def _footprint(grown: Growth, kept: int, flops: int) -> Footprint:
+    return Footprint(kept, grown.live.peak, grown.inputs, grown.by_kind, flops)
 
 
 @contextmanager
-def _single_sequences() -> Iterator[None]:
-    """Tells transformers that rows hold one sequence each.
+def _without_values() -> Iterator[None]:
+    """Tells transformers what it would read from values, which fake tensors do not have.
 
-    It looks at the positions for packed ones, and for fake tensors, which have no values, supposes that there
-    are some: attention without a mask would be counted with one.
+    Rows hold one sequence each: it looks at the positions for packed ones, and supposes that there are some.
+    Attention without a mask would be counted with one. And there are as many places for images in the texts
+    as images: it need not check that.
     """
     from transformers import masking_utils
 
-    found = masking_utils.find_packed_sequence_indices
+    found, checks = masking_utils.find_packed_sequence_indices, os.environ.get(_CHECKS)
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    os.environ[_CHECKS] = "1"
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = found
+        if checks is None:
+            del os.environ[_CHECKS]
+        else:
+            os.environ[_CHECKS] = checks
 
 
-@contextmanager
-def _growth(
-    block: nn.Module,
-    name: str,
-    live: LiveBytes,
-    before: dict[str, int],
-    grown: dict[str, int],
-    sizes: dict[str, int],
-) -> Iterator[None]:
-    """Notes the bytes alive before a block, how many more are after it, and the bytes of its input."""
+class _NoPadding(TorchDispatchMode):
+    """A mask of rows takes all of them: how many it would take is a matter of values."""
 
-    def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        before[name] = live.now
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        sizes[name] = 0 if first is None else first.numel() * first.element_size()
-
-    def leave(*_: Any) -> None:
-        grown[name] = live.now - before[name]
-
-    handles = [
-        block.register_forward_pre_hook(enter, with_kwargs=True),
-        block.register_forward_hook(leave),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _shorten(
-    model: nn.Module, ranks: Mapping[str, Mapping[str, int]], targets: Sequence[str]
-) -> tuple[dict[str, tuple[str, int]], dict[str, str]]:
-    """Leaves one block of each kind in every stack.
-
-    Returns:
-        New path of each block left -> (old path, how many it stands for), and old module path -> new one for
-        the adapted modules that are left.
-    """
-    modules = list(dict.fromkeys(m for own in ranks.values() for m in own))
-    kinds: dict[str, tuple[str, int]] = {}
-    moved = {m: m for m in modules}
-    stacks: dict[str, list[tuple[str, nn.Module]]] = {}
-    adapted = False
-    for path, block in blocks_of(model, modules).items():
-        stacks.setdefault(path.rpartition(".")[0], []).append((path, block))
-    for stack, blocks in stacks.items():
-        first: dict[tuple, int] = {}
-        chosen: list[tuple[str, nn.Module, int]] = []
-        layers = getattr(getattr(model, "config", None), "layer_types", None)
-        last = max((i for i, (path, _) in enumerate(blocks) if _inside(path, targets)), default=-1)
-        for i, (path, block) in enumerate(blocks):
-            inside = _inside(path, modules)
-            key = (
-                type(block),
-                tuple((name, p.shape) for name, p in block.named_parameters()),
-                tuple((m[len(path) :], tuple(own.get(m) for own in ranks.values())) for m in inside),
-                tuple(t[len(path) :] for t in targets if t in inside),
-                layers[i] if layers is not None and len(layers) == len(blocks) else None,
-                # The input of the first adapted block needs no gradient; the last block is left early.
-                adapted,
-                i == len(blocks) - 1,
-                i > last,
-            )
-            adapted = adapted or bool(inside)
-            if key in first:
-                j = first[key]
-                chosen[j] = (*chosen[j][:2], chosen[j][2] + 1)
-                for m in inside:
-                    del moved[m]
-                continue
-            first[key] = len(chosen)
-            new = f"{stack}.{len(chosen)}".lstrip(".")
-            chosen.append((path, block, 1))
-            for m in inside:
-                moved[m] = new + m[len(path) :]
-        container = model.get_submodule(stack)
-        if layers is not None and len(layers) == len(blocks):
-            kept = {id(block) for _, block, _ in chosen}
-            model.config.layer_types = [
-                kind for kind, (_, block) in zip(layers, blocks, strict=True) if id(block) in kept
-            ]
-        for name in [name for name, _ in container.named_children() if name.isdigit()]:
-            delattr(container, name)
-        for j, (path, block, count) in enumerate(chosen):
-            container.add_module(str(j), block)
-            kinds[f"{stack}.{j}".lstrip(".")] = path, count
-    return kinds, moved
-
-
-def _inside(path: str, modules: Sequence[str]) -> list[str]:
-    """Those of the modules that are in the block at ``path``."""
-    return [m for m in modules if m.startswith(f"{path}.") or m == path]
-
-
-def _fill(model: nn.Module) -> None:
-    """Fake tensors on the CPU in place of those on the meta device, which have no attention of their own."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                new = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(new, requires_grad=False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _aten.index.Tensor and [getattr(i, "dtype", None) for i in args[1]] == [torch.bool]:
+            tensor, (mask,) = args
+            return tensor.new_empty(mask.numel(), *tensor.shape[mask.ndim :])
+        return func(*args, **(kwargs or {}))

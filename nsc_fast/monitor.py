@@ -13,13 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .targets import tokens_of
 
-__all__ = ["RatioMonitor", "TokenBatch"]
+__all__ = ["RatioMonitor", "TokenBatch", "Whole"]
+
+
+class Whole(NamedTuple):
+    """Sizes of a batch whose parts are run: weight of its tokens, its sequences, patches of its images."""
+
+    weight: float
+    sequences: float
+    patches: float = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class TokenBatch:
         decoder: whether a decoder has inputs of its own, with ``decoder_mask`` in place of ``mask``.
         decoder_mask: ``(B, S')``, or None when every token of the decoder counts.
         frames: whether ``mask`` is one of sound, of which an encoder may make fewer tokens.
-        whole: where these are parts of batches: task -> token weight and number of sequences of its batch.
+        patches: of all images, where they come in one list.
+        whole: where these are parts of batches: task -> sizes of its batch.
     """
 
     task: Tensor
@@ -43,7 +53,8 @@ class TokenBatch:
     decoder: bool = False
     decoder_mask: Tensor | None = None
     frames: bool = False
-    whole: Mapping[int, tuple[float, int]] | None = None
+    patches: int = 0
+    whole: Mapping[int, Whole] | None = None
 
     def tokens(self, leading: torch.Size, module: str) -> tuple[Tensor, Tensor]:
         """Task index (int64) and weight (float32) of every token of activations of shape ``(*leading, d)``.
@@ -75,10 +86,12 @@ class TokenBatch:
         """Sum of the token weights over each task's whole batch, where this is a part of it."""
         if self.whole is None:
             return None
+        if self.patches and tokens_of(module) == "other":
+            return {k: own.patches * leading.numel() / self.patches for k, own in self.whole.items()}
         b, counted = self.task.shape[0], self._mask_at(module) is not None and len(leading) > 1
         if self.task.ndim == 1 and leading[0] == b and not counted:
-            return {k: sequences * leading.numel() / b for k, (_, sequences) in self.whole.items()}
-        return {k: weight for k, (weight, _) in self.whole.items()}
+            return {k: own.sequences * leading.numel() / b for k, own in self.whole.items()}
+        return {k: own.weight for k, own in self.whole.items()}
 
     def _mask_at(self, module: str) -> Tensor | None:
         kind = tokens_of(module)

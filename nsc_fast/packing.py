@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, join, rows, token_batch, token_mask
+from .batches import Batch, cut, image_ends, join, patches, rows, token_batch, token_mask
 from .errors import MergeError
-from .monitor import TokenBatch
+from .monitor import TokenBatch, Whole
 
 __all__ = [
     "Pass",
@@ -57,7 +57,7 @@ def passes(
     micro_batch: int | None = None,
     packed: bool = False,
     insist: bool = False,
-    wholes: Mapping[int, tuple[float, int]] | None = None,
+    wholes: Mapping[int, Whole] | None = None,
 ) -> list[Pass]:
     """Inputs and task ids of every forward pass of one step.
 
@@ -102,7 +102,7 @@ def _joined(batches: Mapping[int, Batch], device: torch.device, together: str) -
 
 
 def parts(batch: Batch, micro_batch: int | None) -> list[dict[str, Tensor]]:
-    """The batch in parts of at most ``micro_batch`` sequences.
+    """The batch in parts of at most ``micro_batch`` sequences, each with its images.
 
     Raises:
         MergeError: it has to be divided and cannot be, or its parts would not count as the whole does.
@@ -110,35 +110,37 @@ def parts(batch: Batch, micro_batch: int | None) -> list[dict[str, Tensor]]:
     count = rows(batch)
     if micro_batch is None or micro_batch >= count:
         return [dict(batch)]
-    for key, value in batch.items():
-        if value.ndim == 0 or value.shape[0] != count or key.startswith(_UNDIVIDED):
-            raise MergeError(
-                f"micro_batch={micro_batch} divides batches of token ids or images, and {key!r} belongs to "
-                "none of these; leave micro_batch out and give smaller batches"
-            )
-    return [
-        {key: value[start : start + micro_batch] for key, value in batch.items()}
-        for start in range(0, count, micro_batch)
-    ]
+    key = _undivided(batch)
+    if key is not None:
+        raise MergeError(
+            f"micro_batch={micro_batch} divides batches of token ids or images, and it is not known which "
+            f"part of {key!r} belongs to which sequence; leave micro_batch out and give smaller batches"
+        )
+    return [cut(batch, start, start + micro_batch) for start in range(0, count, micro_batch)]
 
 
 def divisible(batch: Batch) -> bool:
     """Whether a batch may be cut into parts whose tokens count as in the whole."""
-    count = rows(batch)
-    return all(
-        value.ndim > 0 and value.shape[0] == count and not key.startswith(_UNDIVIDED)
-        for key, value in batch.items()
-    )
+    return _undivided(batch) is None
 
 
-def whole_of(batch: Batch) -> tuple[float, int]:
-    """Weight of the tokens of a batch, and its number of sequences."""
+def _undivided(batch: Batch) -> str | None:
+    """An input that cannot be divided, or None."""
+    count, own = rows(batch), () if image_ends(batch) is None else ("pixel_values", "image_grid_thw")
+    for key, value in batch.items():
+        if key.startswith(_UNDIVIDED) or (key not in own and (value.ndim == 0 or value.shape[0] != count)):
+            return key
+    return None
+
+
+def whole_of(batch: Batch) -> Whole:
+    """Weight of the tokens of a batch, its number of sequences, and the patches of its images."""
     mask = token_mask(batch)
     if mask is not None:
-        return float(mask.sum()), rows(batch)
+        return Whole(float(mask.sum()), rows(batch), patches(batch))
     sequence = batch.get("input_ids", batch.get("inputs_embeds"))
     length = 1 if sequence is None else sequence.shape[1]
-    return float(rows(batch) * length), rows(batch)
+    return Whole(float(rows(batch) * length), rows(batch), patches(batch))
 
 
 def pack(batches: Mapping[int, Batch]) -> Pass | None:
@@ -262,7 +264,7 @@ class Passes:
         batches: Mapping[str, Batch],
         tasks: Sequence[str],
         device: torch.device,
-        wholes: Mapping[str, tuple[float, int]] | None = None,
+        wholes: Mapping[str, Whole] | None = None,
     ) -> list[Pass]:
         """Passes of one step; ``wholes`` as for :func:`passes`, by the names of the tasks.
 
@@ -343,7 +345,11 @@ def forward_options(model: nn.Module) -> dict[str, Any]:
     A cache of keys and values serves generation; here it would only cost memory.
     """
     accepted = inspect.signature(model.forward).parameters
-    return {"use_cache": False} if "use_cache" in accepted else {}
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    # Models of images with texts hand it on to their language model without naming it.
+    handed_on = any(p.kind is p.VAR_KEYWORD for p in accepted.values()) and hasattr(text, "use_cache")
+    return {"use_cache": False} if "use_cache" in accepted or handed_on else {}
 
 
 def backbone(model: nn.Module, targets: Sequence[str] | Mapping[str, Any]) -> nn.Module:

@@ -11,9 +11,9 @@ __all__ = ["Descent", "EarlyStopping", "Memory", "NSCParameters", "Scope"]
 
 
 class Strict(BaseModel):
-    """Frozen; an unknown key is an error."""
+    """Frozen; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Scope(Strict):

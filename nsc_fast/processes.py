@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 
-from .batches import Batch, rows
+from .batches import Batch, cut, rows
 from .checkpoint import differences
 from .errors import MergeError
+from .monitor import Whole
 from .packing import divisible, whole_of
-from .sharding import nothing
 
 if TYPE_CHECKING:
     from .loop import Objective, Stream
@@ -93,10 +93,6 @@ class Processes:
                 f"own message says why ({str(error).splitlines()[0]})"
             ) from error
         return found
-
-    def largest(self, number: int) -> int:
-        """Over all processes."""
-        return max(self.gather(number))
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -193,8 +189,12 @@ def launched(timeout: float = TIMEOUT) -> Processes | None:
 class Divisible(Protocol):
     """An objective whose batches may be divided."""
 
+    def prepare(self, batches: Mapping[str, Batch]) -> None:
+        """Is told the whole batches of all tasks first: what it decides by them is the same everywhere."""
+        ...
+
     def part(
-        self, batches: Mapping[str, Batch], wholes: Mapping[str, tuple[float, int]] | None
+        self, batches: Mapping[str, Batch], wholes: Mapping[str, Whole] | None
     ) -> tuple[float, dict[str, float]]:
         """As ``losses``, for parts of batches: what all parts give adds up to what the whole batches give."""
         ...
@@ -216,7 +216,7 @@ class Shared:
         self._streams = streams
         self._processes = processes
         self.installation = objective.installation
-        self._sharded = getattr(objective, "agree", None) is not None
+        self._sharded = getattr(objective, "in_step", None) is not None
         processes.tells = not self._sharded
 
     @property
@@ -232,13 +232,11 @@ class Shared:
         """
         processes, divides = self._processes, isinstance(self._objective, Divisible)
         mine, wholes = share(batches, processes.rank, processes.size, divide=divides)
-        if not mine and self._sharded:
-            # Where the base is sharded all processes run: this one over something that counts for nothing.
-            mine = dict([next(iter(batches.items()))])
-            wholes = nothing(mine)
-        loss, ratios = 0.0, {}
-        if mine:
-            objective = self._objective
+        loss, ratios, objective = 0.0, {}, self._objective
+        if divides:
+            objective.prepare(batches)
+        # Where the base is sharded all processes run, those too that have nothing to do.
+        if mine or self._sharded:
             loss, ratios = objective.part(mine, wholes) if divides else objective.losses(mine)
         parameters = list(self.installation.coefficients.parameters())
         gradients = [None if p.grad is None else p.grad.detach().cpu() for p in parameters]
@@ -258,13 +256,13 @@ class Shared:
         total = sum(one for one, *_ in found)
         ratios = {t: sum(r.get(t, 0.0) for _, r, *_ in found) for t in batches}
         if divides:
-            self._objective.observe(ratios)
+            objective.observe(ratios)
         return total, ratios
 
 
 def share(
     batches: Mapping[str, Any], rank: int, size: int, *, divide: bool = True
-) -> tuple[dict[str, Any], dict[str, tuple[float, int]] | None]:
+) -> tuple[dict[str, Any], dict[str, Whole] | None]:
     """One process's part of a step: of about the same number of tokens as the others'.
 
     All sequences stand in a line, task after task, that is cut into as many pieces as there are processes. A
@@ -277,7 +275,7 @@ def share(
 
     Returns:
         Task -> batch or part, for the tasks that the process has to do with; and, where batches may have been
-        cut, the token weight and number of sequences of each whole batch (see ``TokenBatch.whole``).
+        cut, the sizes of each whole batch (see ``TokenBatch.whole``).
     """
     divide = divide and all(divisible(batch) for batch in batches.values())
     counts = {task: rows(batch) if divide else 1 for task, batch in batches.items()}
@@ -290,7 +288,7 @@ def share(
         own = [i for i, middle in enumerate(middles) if min(int(middle), size - 1) == rank]
         position += counts[task] * costs[task]
         if own and divide:
-            mine[task] = {key: value[own[0] : own[-1] + 1] for key, value in batch.items()}
+            mine[task] = cut(batch, own[0], own[-1] + 1)
         elif own:
             mine[task] = batch
     return mine, {task: whole_of(batches[task]) for task in mine} if divide else None

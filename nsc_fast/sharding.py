@@ -6,14 +6,17 @@ Every process keeps a part of each block and gathers the block while it runs. Wh
 - The ratios are formed inside the target modules' blocks, so that their gradients enter these blocks from
   within. FSDP gathers a block again when a gradient arrives at its output, which would be too late: the
   blocks with target modules stay gathered from the forward pass to the backward pass.
-- Gathering takes all processes, so that all make the same number of passes, each to its end.
+- Gathering takes all processes, so that all make the same passes in the same order, each to its end. Where a
+  step is divided among them, :class:`InStep` fills up what one of them has less. What nothing is divided of
+  (anchors, second moments, scores, the signal) every process computes alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,9 +24,12 @@ from torch import Tensor, nn
 
 from .errors import MergeError
 from .memory import blocks_of
-from .monitor import TokenBatch
+from .monitor import Whole
 
-__all__ = ["check_sharding", "gathered", "is_sharded", "shard", "with_idle_passes"]
+if TYPE_CHECKING:
+    from .processes import Processes
+
+__all__ = ["InStep", "check_sharding", "counted_for_nothing", "gathered", "is_sharded", "shard"]
 
 
 def shard(model: nn.Module, modules: Iterable[str], device: str | torch.device) -> nn.Module:
@@ -72,12 +78,19 @@ def is_sharded(model: nn.Module) -> bool:
     return any(_is_shard(parameter) for parameter in model.parameters())
 
 
-def check_sharding(model: nn.Module, modules: Iterable[str]) -> None:
-    """Whether a sharded model is sharded the way it can be used.
+def check_sharding(model: nn.Module, modules: Iterable[str], processes: Processes | None) -> None:
+    """Whether a model, if it is sharded, is sharded the way it can be used.
+
+    Args:
+        model: sharded or not.
+        modules: paths of adapted modules.
+        processes: among which the passes are divided.
 
     Raises:
-        MergeError: names a weight that is not.
+        MergeError: names a weight that is sharded in another way; or the processes were not given.
     """
+    if not is_sharded(model):
+        return
     blocks = set(blocks_of(model, modules).values())
     inside = {p for b in blocks if hasattr(b, "set_reshard_after_forward") for p in b.parameters()}
     for name, parameter in model.named_parameters():
@@ -86,6 +99,11 @@ def check_sharding(model: nn.Module, modules: Iterable[str]) -> None:
                 f"the base model is sharded ({name}) in a way in which its weights are not there when a "
                 "merge needs them: leave the sharding to nsc_fast.sharding.shard"
             )
+    if processes is None:
+        raise MergeError(
+            "the base model is sharded over several processes, and the merge was not told of them: give "
+            "processes=nsc_fast.processes.launched()"
+        )
 
 
 @contextmanager
@@ -107,22 +125,76 @@ def gathered(model: nn.Module, targets: Iterable[str]) -> Iterator[None]:
             block.reshard()
 
 
-Pass = tuple[dict[str, Tensor], TokenBatch]
+# Inputs, and what the caller needs beside them.
+Pass = tuple[dict[str, Tensor], Any]
+Kind = tuple[str, ...]
 
 
-def with_idle_passes(passes: list[Pass], tasks: int, agree: Callable[[int], int]) -> list[Pass]:
-    """As many passes as the process with the most has; what is added counts for nothing.
+class InStep:
+    """Gives every process as many passes as the one with the most has, in an order that is the same in all.
+
+    Passes with other inputs may reach other parts of a model (text alone no vision tower). They are counted
+    by kind, the names of their inputs, and made kind after kind. What a process lacks are idle passes, which
+    count for nothing; one of a kind that it never had is sent to it.
 
     Args:
-        passes: of this process, at least one.
-        tasks: number of all tasks.
-        agree: largest of a number over all processes.
+        processes: over which the model is sharded.
+        device: of this process's inputs.
     """
-    inputs, tokens = passes[-1]
-    idle = inputs, replace(tokens, whole=nothing(range(tasks)))
-    return passes + [idle] * (agree(len(passes)) - len(passes))
+
+    def __init__(self, processes: Processes, device: torch.device) -> None:
+        self._processes = processes
+        self._device = device
+        self._idle: dict[Kind, Pass] = {}
+
+    def __call__(self, passes: Sequence[Pass], idle: Callable[[Pass], Pass]) -> list[Pass]:
+        """The passes of this process and idle ones; takes all processes.
+
+        Args:
+            passes: may be none.
+            idle: makes of a pass one that counts for nothing. What it has beside the inputs is sent, too, and
+                holds no tensors unless it is a token batch.
+        """
+        own: dict[Kind, list[Pass]] = {}
+        for one in passes:
+            own.setdefault(tuple(sorted(one[0])), []).append(one)
+        for kind, some in own.items():
+            self._idle.setdefault(kind, idle(some[0]))
+        told = self._processes.gather(({kind: len(some) for kind, some in own.items()}, list(self._idle)))
+        kinds = sorted({kind for counts, _ in told for kind in counts})
+        self._complete(kinds, [known for _, known in told])
+        out: list[Pass] = []
+        for kind in kinds:
+            mine, most = own.get(kind, []), max(counts.get(kind, 0) for counts, _ in told)
+            out += mine + [self._idle[kind]] * (most - len(mine))
+        return out
+
+    def _complete(self, kinds: Sequence[Kind], known: Sequence[Sequence[Kind]]) -> None:
+        """Sends an idle pass of every kind that a process does not know; ``known`` in their order."""
+        sender = {
+            kind: next(rank for rank, own in enumerate(known) if kind in own)
+            for kind in kinds
+            if not all(kind in own for own in known)
+        }
+        if not sender:
+            return
+        mine = [kind for kind, rank in sender.items() if rank == self._processes.rank]
+        for sent in self._processes.gather({kind: _moved(self._idle[kind], "cpu") for kind in mine}):
+            for kind, one in sent.items():
+                self._idle.setdefault(kind, _moved(one, self._device))
 
 
-def nothing(tasks: Iterable) -> Mapping:
-    """Sizes of whole batches of which any part is nothing."""
-    return {task: (float("inf"), float("inf")) for task in tasks}
+def _moved(one: Pass, device: str | torch.device) -> Pass:
+    """An idle pass on a device."""
+    inputs, tokens = one
+    if is_dataclass(tokens):
+        values = ((f.name, getattr(tokens, f.name)) for f in fields(tokens))
+        tokens = replace(tokens, **{name: v.to(device) for name, v in values if isinstance(v, Tensor)})
+    return {key: value.to(device) for key, value in inputs.items()}, tokens
+
+
+def counted_for_nothing(one: Pass, tasks: int) -> Pass:
+    """A pass whose token batch is a part, of weight 0, of batches of all ``tasks``."""
+    inputs, tokens = one
+    without_end = Whole(*[float("inf")] * len(Whole._fields))
+    return inputs, replace(tokens, whole=dict.fromkeys(range(tasks), without_end))

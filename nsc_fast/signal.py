@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch, length_of, token_batch
-from .driver import backbone
+from .driver import backbone, forward_options
 from .factors import LowRankUpdate
 from .layers import model_device
 from .objectives.running import adapted, evaluating, on_device, watched
@@ -89,7 +89,13 @@ class Signal:
 
     def notices(self) -> tuple[str, ...]:
         """What the user should know: weak signals, ratios below what training reached, by task."""
-        out = []
+        out = [
+            f"none of the modules that are looked at runs on the rows of task {task!r}: its ratio is "
+            "unknown, and minimising ratios does not serve it; check its data, or choose other modules "
+            "(parameters.scope)"
+            for task in self.tokens
+            if task not in self.alone
+        ]
         for task, strength in self.strength.items():
             if strength < WEAK:
                 out.append(
@@ -147,6 +153,7 @@ class SignalProbe:
         self._device = model_device(self.model)
         self._bases: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self._runner = backbone(self.model, self.targets)
+        self._options = forward_options(self._runner)
 
     def before(self, initial: Mapping[str, LowRankUpdate]) -> Signal:
         """Everything but ``final``.
@@ -160,7 +167,8 @@ class SignalProbe:
         first = {task: self._means(task, initial) for task in tasks}
         modules: dict[str, dict[str, dict[str, float]]] = {}
         for module in self.targets:
-            own = [task for task in tasks if module in self.updates[task]]
+            # A task without images never comes to a vision tower that its adapter adapts.
+            own = [task for task in tasks if module in self.updates[task] and module in base[task]]
             modules[module] = {
                 task: {
                     "random": _chance(self.updates[task][module]),
@@ -214,7 +222,7 @@ class SignalProbe:
             for batch in self.batches[task]:
                 moved = on_device(batch, self._device)
                 tokens = token_batch(moved, 0, self._device)
-                self._runner(**moved)
+                self._runner(**moved, **self._options)
         return {
             module: dict(zip(self._own(module), (total / weights[module]).T.tolist(), strict=True))
             for module, total in sums.items()
@@ -249,7 +257,8 @@ def _over_modules(
     out = {}
     for task in tasks:
         values = [own[task][kind] for own in modules.values() if task in own]
-        out[task] = sum(values) / len(values)
+        if values:
+            out[task] = sum(values) / len(values)
     return out
 
 

@@ -16,18 +16,43 @@ from .adapters.check import common_base
 from .adapters.source import locate, read_config, read_headers, safetensors_headers
 from .adapters.tensors import examine
 from .coefficients import Granularity
+from .data.encode import DEFAULT_LENGTH
+from .data.processors import limits_of
 from .errors import MergeError
+from .footprint import Objective
 from .layers import features
 from .loading import base_skeleton
-from .packing import positions
-from .parameters import Memory, NSCParameters
 from .quantised import quantised_by
 from .recipe import BaseSpec, Recipe
+from .row_inputs import RowInputs, row_inputs
 from .targets import select_targets
 
-__all__ = ["Workload", "workload"]
+__all__ = ["PLANNED", "Use", "Workload", "workload"]
 
-_DEFAULT_LENGTH = 512
+
+@dataclass(frozen=True)
+class Use:
+    """What a method does with the model and keeps, as far as memory goes.
+
+    Attributes:
+        objective: of its passes.
+        granularity: of what is optimised. Default: as its parameters say.
+        merges: finished merges that are there at once.
+    """
+
+    objective: Objective
+    granularity: Granularity | None = None
+    merges: int = 0
+
+
+PLANNED: dict[str, Use] = {
+    "nsc": Use("ratio"),
+    "anchored": Use("states"),
+    # It fits cores. Of those with data and of those without the nearest is kept, beside the next candidate.
+    "auto": Use("states", "core", merges=3),
+    "closed_form": Use("moments", merges=1),
+}
+"""Methods whose memory is planned."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +62,18 @@ class Workload:
     Attributes:
         skeleton: base model on the meta device, in its dtype.
         ranks: task -> module -> rank.
-        targets: modules whose ratio enters the loss; none where the distance of the last states is the loss.
+        targets: modules whose ratio enters the loss; none for other objectives.
         weight_bytes: of the base model.
         adapter_bytes: of the adapters' files.
-        rows: sequences of a task's batch.
-        length: tokens of the longest sequence.
+        rows: rows of a task's batch.
+        length: tokens of the longest row; 0 where rows are images alone.
         granularity: of the coefficients.
+        objective: of the passes.
+        inputs: of a row; where tasks differ, of the largest.
+        alike: whether the rows of all tasks hold the same, so that their batches can go through together.
         anchors: rows of every task whose last states stay in the host's memory.
-        merges: finished merges that are there at once, to be compared.
+        merges: finished merges that are there at once.
+        data_bytes: of all batches, in the host's memory.
     """
 
     skeleton: nn.Module
@@ -53,15 +82,19 @@ class Workload:
     weight_bytes: int
     adapter_bytes: int
     rows: int = 16
-    length: int = _DEFAULT_LENGTH
+    length: int = DEFAULT_LENGTH
     granularity: Granularity = "layer"
+    objective: Objective = "ratio"
+    inputs: RowInputs = RowInputs()
+    alike: bool = True
     anchors: int = 0
     merges: int = 0
+    data_bytes: int = 0
 
     @cached_property
     def limit(self) -> int | None:
         """Positions of the model."""
-        return positions(self.skeleton)
+        return limits_of(self.skeleton.config).positions
 
     @cached_property
     def factor_numbers(self) -> int:
@@ -72,30 +105,54 @@ class Workload:
             total += sum(rank * sum(features(modules[m])) for m, rank in own.items())
         return total
 
+    @cached_property
+    def stacked_ranks(self) -> dict[str, int]:
+        """Module -> ranks of all adapters."""
+        total: Counter[str] = Counter()
+        for own in self.ranks.values():
+            total.update(own)
+        return dict(total)
+
     @property
     def core_numbers(self) -> int:
-        """Entries of all cores."""
-        if self.granularity != "core":
+        """Entries of all cores that are optimised."""
+        if self.granularity != "core" or self.objective == "moments":
             return 0
-        stacked = Counter({m: 0 for own in self.ranks.values() for m in own})
-        for own in self.ranks.values():
-            stacked.update(own)
-        return sum(rank**2 for rank in stacked.values())
+        return sum(rank**2 for rank in self.stacked_ranks.values())
 
     @cached_property
-    def state_numbers(self) -> tuple[int, int]:
-        """Of the last states: width, and entries of those that are kept of all tasks."""
-        width = self.skeleton.config.get_text_config().hidden_size
-        return width, len(self.ranks) * self.anchors * self.length * width
+    def moments(self) -> tuple[int, int]:
+        """Of the second moments of projections: bytes on the device, for a task at most, and on the host.
+
+        On the device are all down projections, the task's own up projections and its sums, in float64.
+        """
+        modules = dict(self.skeleton.named_modules())
+        device, host = [0], 0
+        for own in self.ranks.values():
+            sums = 8 * sum(self.stacked_ranks[m] ** 2 for m in own)
+            factors = 0
+            for m, rank in own.items():
+                d_out, d_in = features(modules[m])
+                factors += 4 * (d_in * self.stacked_ranks[m] + d_out * rank)
+            device.append(factors + sums)
+            host += sums
+        return max(device), host
 
 
 def workload(recipe: Recipe) -> Workload:
-    """What a recipe asks for, from the configs and headers of base model and adapters."""
-    parameters = recipe.method_parameters()
-    if not isinstance(parameters, Memory):
+    """What a recipe asks for, from the configs and headers of base model and adapters.
+
+    Data are looked at where the base model takes images, see :func:`nsc_fast.row_inputs.row_inputs`.
+
+    Raises:
+        MergeError: a method, a base model or data whose memory cannot be planned.
+        AdapterError: an adapter that cannot be read.
+    """
+    parameters, use = recipe.method_parameters(), PLANNED.get(recipe.merge_method)
+    if use is None:
         raise MergeError(
-            f"memory is planned for methods 'nsc', 'anchored' and 'auto', not {recipe.merge_method!r}; leave "
-            "--max-memory out"
+            f"memory is planned for methods {', '.join(map(repr, PLANNED))}, not {recipe.merge_method!r}; "
+            "leave --max-memory out"
         )
     ranks, sizes, names, types = {}, 0, set(), set()
     for spec in recipe.adapters:
@@ -111,37 +168,41 @@ def workload(recipe: Recipe) -> Workload:
         name = common_base([], names.pop() if len(names) == 1 else None)
         base = BaseSpec(path=name)
     modules = list(dict.fromkeys(m for own in ranks.values() for m in own))
-    skeleton = base_skeleton(base, modules, task_type=types.pop() if len(types) == 1 else None).model
-    if getattr(skeleton.config, "is_encoder_decoder", False):
-        raise MergeError(
-            f"memory cannot be planned for {type(skeleton).__name__}, which has an encoder and a decoder; "
-            "leave --max-memory out, and set micro_batch and checkpointing yourself"
-        )
+    task_type = types.pop() if len(types) == 1 else None
+    skeleton = base_skeleton(base, modules, task_type=task_type).model
     dtype = _dtype(base, skeleton)
     skeleton.to(dtype)
-    order = [name for name, _ in skeleton.named_modules()]
-    targets, more = (), {}
-    if isinstance(parameters, NSCParameters):
-        scope, own = parameters.scope, [m for m in order if m in set(modules)]
-        targets = select_targets(own, layers=scope.layers, names=scope.filter, all_modules=order)
-        more["granularity"] = parameters.granularity
-    else:
-        # 'auto' fits cores, and compares two merges at a time.
-        more["granularity"] = getattr(parameters, "granularity", "core")
-        more |= {"anchors": parameters.rows, "merges": 0 if hasattr(parameters, "granularity") else 3}
-    limit = positions(skeleton)
-    rows, length = 1, 1
+    rows, length, found, data_bytes = 1, 0, [], 0
     for spec in recipe.adapters:
         if spec.data is not None:
-            wanted = spec.data.max_length or min(_DEFAULT_LENGTH, limit or _DEFAULT_LENGTH)
-            if limit is not None and wanted > limit:
-                raise MergeError(
-                    f"task {spec.name!r}: sequences of up to {wanted} tokens are longer than the {limit} "
-                    f"positions of the model; set data.max_length to {limit}"
-                )
-            rows, length = max(rows, spec.data.batch_size), max(length, wanted)
-    weights = _weight_bytes(base, skeleton, dtype)
-    return Workload(skeleton, ranks, targets, weights, sizes, rows, length, **more)
+            inputs, own = row_inputs(spec, base, skeleton, task_type, recipe.seed)
+            found.append(inputs)
+            rows, length = max(rows, spec.data.batch_size), max(length, own)
+            each = 8 * own * len(inputs.tokens) + inputs.bytes_of_images
+            data_bytes += each * spec.data.num_samples
+    if not found:
+        raise MergeError(f"memory cannot be planned without data, which {recipe.merge_method!r} needs")
+    targets = ()
+    if use.objective == "ratio":
+        order = [name for name, _ in skeleton.named_modules()]
+        scope, adapted = parameters.scope, [m for m in order if m in set(modules)]
+        targets = select_targets(adapted, layers=scope.layers, names=scope.filter, all_modules=order)
+    return Workload(
+        skeleton,
+        ranks,
+        targets,
+        _weight_bytes(base, skeleton, dtype),
+        sizes,
+        rows,
+        length,
+        granularity=use.granularity or parameters.granularity,
+        objective=use.objective,
+        inputs=max(found, key=lambda one: (one.bytes_of_images, len(one.tokens))),
+        alike=all(one == found[0] for one in found),
+        anchors=parameters.rows if use.objective == "states" else 0,
+        merges=use.merges,
+        data_bytes=data_bytes,
+    )
 
 
 def _weight_bytes(base: BaseSpec, skeleton: nn.Module, dtype: torch.dtype) -> int:

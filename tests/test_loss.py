@@ -370,6 +370,12 @@ class TestWatch:
                 pass
         assert self.hooks(model) == 0
 
+    def test_a_wrapped_model_is_told_apart(self, a):
+        wrapped = torch.compile(tiny_llama(blocks=2))
+        with pytest.raises(KeyError, match="OptimizedModule has no module .*, but its _orig_mod may"):
+            with NSCLoss({"vqa": a}).watch(wrapped, "vqa"):
+                pass
+
     def test_an_error_inside_is_passed_on_and_no_hook_stays(self, model, a):
         with pytest.raises(RuntimeError, match="out of memory"):
             with NSCLoss({"vqa": a}).watch(model, "vqa"):
@@ -431,6 +437,8 @@ class TestPeft:
             ValueError, match=r"task 'vqa' adapts no module named 'w_proj'; it adapts q_proj, v_proj"
         ):
             NSCLoss.from_peft_model(peft_model, modules="w_proj")
+        with pytest.raises(ValueError, match="no task adapts a module named 'w_proj'"):
+            NSCLoss.from_adapters(read, modules=["v_proj", "w_proj"])
 
     @pytest.mark.parametrize("inner", [False, True], ids=["PeftModel", "its base model"])
     def test_watching_a_live_model(self, peft_model, inner):

@@ -67,8 +67,8 @@ def test_parts_with_masks_of_which_token_sees_which_add_up(micro_batch, kind):
 @pytest.mark.parametrize("kind", ["seen", "added"])
 def test_the_whole_counts_the_tokens_that_are_real(kind):
     batch = token_batch(3, 9, seed=0, padding=7)
-    assert whole_of(batch) == whole_of(square(batch, kind)) == (20.0, 3)
-    assert share({"t": square(batch, kind)}, 0, 2)[1] == {"t": (20.0, 3)}
+    assert whole_of(batch) == whole_of(square(batch, kind)) == (20.0, 3, 0)
+    assert share({"t": square(batch, kind)}, 0, 2)[1] == {"t": (20.0, 3, 0)}
 
 
 def test_parts_of_images_count_by_their_rows():

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 from children import launch
 from tiny import MLP_MODULES, Mlp, canonical_adapters, random_adapters, token_batch
 from torch import nn
@@ -15,9 +14,8 @@ from torch import nn
 from nsc_fast.checkpoint import Checkpoints
 from nsc_fast.driver import optimise
 from nsc_fast.errors import MergeError
-from nsc_fast.parameters import NSCParameters, Scope
+from nsc_fast.parameters import NSCParameters
 from nsc_fast.processes import Processes, launched, share
-from nsc_fast.sharding import shard
 
 RANKS = {"one": 2, "two": 4, "three": 3}
 PARAMETERS = NSCParameters(steps=6, learning_rate=0.02)
@@ -133,61 +131,6 @@ def work_resumed(folder):
     kept = Checkpoints(folder / "kept", 2, resume=True)
     resumed = result_of("three tasks", processes, checkpoints=kept)
     (folder / f"resumed{processes.rank}").write_bytes(pickle.dumps(resumed))
-
-
-class Normed(nn.Module):
-    """A block whose backward pass reads weights other than those of its target modules."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
-
-
-class Stacked(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(60, 8)
-        self.blocks = nn.ModuleList(Normed() for _ in range(4))
-
-    def forward(self, input_ids, attention_mask=None):
-        x = self.embedding(input_ids)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-SHARDED = {
-    "joined": {},
-    "one after another": {"batching": "never"},
-    "few rows": {"micro_batch": 1},
-    "targets everywhere": {"scope": Scope(layers="all")},
-}
-
-
-def sharded_job(case):
-    torch.manual_seed(0)
-    model = Stacked().double()
-    modules = [f"blocks.{i}.{name}" for i in range(4) for name in ("up", "down")]
-    rows = {"one": 1} if case == "few rows" else {"one": 3, "two": 2, "three": 4}
-    adapters = canonical_adapters(random_adapters(model, modules, {t: RANKS[t] for t in rows}))
-    data = {t: [token_batch(n, 5, seed=n, padding=1)] for t, n in rows.items()}
-    return modules, (model, adapters, data, PARAMETERS.model_copy(update=SHARDED[case]))
-
-
-def work_sharded(folder):
-    processes, results = launched(timeout=60), {}
-    for case in SHARDED:
-        modules, made = sharded_job(case)
-        before = sum(p.numel() for p in made[0].blocks.parameters())
-        shard(made[0], modules, "cpu")
-        results[case] = optimise(*made, processes=processes)
-        # Half of it is here, and no block has stayed whole.
-        held = [p.to_local().numel() for p in made[0].blocks.parameters()]
-        assert sum(held) < 0.6 * before
-    (folder / f"result{processes.rank}").write_bytes(pickle.dumps(results))
 
 
 def work_differing(folder):
@@ -319,35 +262,6 @@ class TestLaunched:
         assert processes.device("cpu") == "cpu"
 
 
-def test_a_base_that_is_sharded_over_two_processes_gives_the_same(tmp_path):
-    codes, errors = launch(work_sharded, tmp_path)
-    assert codes == [0, 0], errors
-    for rank in range(2):
-        results = pickle.loads((tmp_path / f"result{rank}").read_bytes())
-        for case, (got, history, _) in results.items():
-            alone, expected, _ = optimise(*sharded_job(case)[1])
-            for module, value in alone.items():
-                torch.testing.assert_close(got[module], value, rtol=1e-6, atol=1e-6)
-            assert [r.loss for r in history] == pytest.approx([r.loss for r in expected], rel=1e-9)
-
-
-@pytest.fixture
-def lone_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_a_sharded_base_is_refused_by_name(lone_group):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model, adapters, data = job()
-    fully_shard(model.body.head, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(MergeError, match=r"the base model is sharded \(body.head.weight\) in a way"):
-        optimise(model, adapters, data, PARAMETERS)
-
-
 class TestShare:
     def batches(self, *shapes):
         return {str(k): token_batch(*shape, seed=k) for k, shape in enumerate(shapes)}
@@ -365,6 +279,7 @@ class TestShare:
                 assert wholes[task] == (
                     batches[task]["attention_mask"].sum(),
                     len(batches[task]["input_ids"]),
+                    0,
                 )
 
     def test_parts_are_of_about_the_same_size(self):

@@ -1,5 +1,7 @@
 """The signal against the definition of the ratio, and what the user is told."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import canonical_adapters, linear_names, random_adapters, tiny_bert, token_batch
@@ -101,6 +103,8 @@ def test_notices_name_the_task():
     (low,) = make(alone=0.9, final=0.8).notices()
     assert "'one' (0.800, alone 0.900)" in low and "stop_at_alone" in low
     assert make(alone=0.9, final=0.9).notices() == ()
+    (unseen,) = replace(make(alone=0.9), tokens={"one": 1, "two": 5}).notices()
+    assert "runs on the rows of task 'two'" in unseen
 
 
 def run(job, data=None, **parameters):

@@ -21,6 +21,7 @@ from ..driver import optimise
 from ..factors import LowRankUpdate
 from ..parameters import Descent
 from ..result import MergeResult
+from ..sharding import is_sharded
 from .algebra import compress, energy_notice
 from .base import MergeInputs, Method, linear_result, modules_of, require_model_and_data
 from .elementwise import Election, Entries, selected
@@ -64,6 +65,8 @@ class Parameters(Descent):
 def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
     require_model_and_data("adamerging", inputs)
     EntropyObjective.check(inputs.model, parameters.entropy)
+    if is_sharded(inputs.model):
+        EntropyObjective.check_shardable(parameters.entropy)
     modules_of(inputs)
     updates, notices = inputs.updates, ()
     if parameters.plus_plus:
@@ -131,4 +134,5 @@ METHOD = Method(
     paper="AdaMerging: Adaptive Model Merging for Multi-Task Learning, ICLR 2024",
     output_rank="sum of ranks",
     cost="forward and backward passes of the whole model over unlabeled data",
+    sharded_base=True,
 )

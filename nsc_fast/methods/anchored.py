@@ -15,11 +15,12 @@ from pydantic import Field
 
 from ..checkpoint import digest
 from ..driver import check_data, minimise, restored
-from ..layers import install, remove, stack_adapters
+from ..layers import install, model_device, remove, stack_adapters
 from ..memory import checkpointed
 from ..objectives.anchored import Anchor, AnchoredObjective, Anchors, anchors
 from ..parameters import Descent, Memory
 from ..result import MergeResult
+from ..sharding import InStep, is_sharded
 from .base import MergeInputs, Method, linear_result, modules_of, plain_result, require_model_and_data
 from .measured import sampled, with_signal
 
@@ -60,6 +61,7 @@ def fit(inputs: MergeInputs, fixed: dict[str, Anchors], parameters: Parameters) 
     model = inputs.model
     init = {task: float(inputs.weights.get(task, parameters.init)) for task in inputs.tasks}
     streams = {task: AnchorStream(own, inputs.seed) for task, own in fixed.items()}
+    in_step = InStep(inputs.processes, model_device(model)) if is_sharded(model) else None
     more = {"measure": "distance to the adapter alone"}
     with restored(model):
         try:
@@ -67,7 +69,7 @@ def fit(inputs: MergeInputs, fixed: dict[str, Anchors], parameters: Parameters) 
                 model, inputs.updates, granularity=parameters.granularity, init=init, impl=inputs.impl
             )
             how = parameters.preferences, parameters.batching, parameters.micro_batch
-            objective = AnchoredObjective(model, installation, fixed, *how)
+            objective = AnchoredObjective(model, installation, fixed, *how, in_step)
             again, kept = parameters.recompute, (inputs.checkpoints, inputs.processes)
             with checkpointed(model, installation.modules, again, offload=parameters.offload):
                 history, interrupted = minimise(objective, streams, parameters, inputs.on_step, *kept)
@@ -124,4 +126,5 @@ METHOD = Method(
     paper="the adapters' own states as targets, without labels; see nsc_fast.objectives.anchored",
     output_rank="sum of ranks",
     cost="forward and backward passes over unlabeled data, two forward passes for the anchors",
+    sharded_base=True,
 )

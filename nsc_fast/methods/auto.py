@@ -157,6 +157,9 @@ class _Judge:
     def add(self, label: str, make: Callable[[], MergeResult], *, fitted: bool = False) -> None:
         result = make()
         found = score(self.inputs.model, result.updates, self.fixed, micro_batch=self.micro_batch)
+        if self.inputs.processes is not None:
+            # They may differ in the last bits where the devices do, and all have to choose alike.
+            found = self.inputs.processes.gather(found)[0]
         one = _Judged(label, found, fitted)
         self.judged.append(one)
         self.steps += len(result.history)
@@ -225,4 +228,5 @@ METHOD = Method(
     paper="choice among the other methods by agreement with the adapters alone, without labels",
     output_rank="that of the chosen candidate, sum of ranks at most for most",
     cost="that of 'anchored', and one forward pass over a quarter of the rows for each candidate",
+    sharded_base=True,
 )

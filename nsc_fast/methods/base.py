@@ -13,6 +13,7 @@ from ..errors import MergeError
 from ..factors import LowRankUpdate, weighted_sum
 from ..parameters import Strict
 from ..result import MergeResult
+from ..sharding import check_sharding
 
 if TYPE_CHECKING:
     from ..adapters import LoraFactors
@@ -141,10 +142,11 @@ def require_model_and_data(name: str, inputs: MergeInputs) -> None:
     """For methods that run the model.
 
     Raises:
-        MergeError: the model or the data were not given.
+        MergeError: the model or the data were not given, or the model is sharded in another way than ours.
     """
     if inputs.model is None or inputs.data is None:
         raise MergeError(f"method {name!r} needs the base model and unlabeled data of every task")
+    check_sharding(inputs.model, _adapted(inputs), inputs.processes)
 
 
 def per_task(inputs: MergeInputs, default: float) -> dict[str, Tensor]:

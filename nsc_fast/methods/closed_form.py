@@ -79,4 +79,5 @@ METHOD = Method(
     paper="RegMean (Dataless Knowledge Fusion, ICLR 2023) in the span of the adapters",
     output_rank="sum of ranks",
     cost="one forward pass over unlabeled data, O(K R^3) per module",
+    sharded_base=True,
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..batches import Batch
 from ..errors import MergeError
 from ..layers import Installation
+from ..sharding import InStep
 
 __all__ = ["EntropyObjective", "Kind", "answer", "entropy", "pack_left"]
 
@@ -40,6 +41,7 @@ class EntropyObjective:
         preferences: weight per task, normalised to sum 1. Default: equal.
         bounds: interval that the coefficients are put back into before each step.
         heads: task -> tensors that replace those of the model for that task's batches.
+        in_step: keeps the passes of all processes in step, where the base model is sharded over them.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class EntropyObjective:
     preferences: Mapping[str, float] | None = None
     bounds: tuple[float, float] | None = None
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    in_step: InStep | None = None
     finished: bool = False
 
     def __post_init__(self) -> None:
@@ -80,8 +83,24 @@ class EntropyObjective:
         if mode != "classification" and getattr(config, "is_encoder_decoder", False):
             raise MergeError(f"entropy={mode!r} is made for decoder-only models, not {type(model).__name__}")
 
+    @staticmethod
+    def check_shardable(mode: Kind) -> None:
+        """Whether the passes of a step can be kept in step where the base model is sharded.
+
+        Raises:
+            MergeError: whole answers.
+        """
+        if mode == "all_tokens":
+            raise MergeError(
+                "entropy='all_tokens' takes as many passes as an answer has tokens, and a sharded base model "
+                "the same number in all processes: use entropy='first_token', or leave the base whole"
+            )
+
     def losses(self, batches: Mapping[str, Batch]) -> tuple[float, dict[str, float]]:
         """Forward and backward for one batch of every task; gradients add up in the coefficients.
+
+        Args:
+            batches: task -> batch; none is for sharded base models.
 
         Raises:
             MergeError: predictions that have no entropy, or an entropy that is not finite.
@@ -93,8 +112,14 @@ class EntropyObjective:
                     value.clamp_(*self.bounds)
         device = next(coefficients.parameters()).device
         total, parts = 0.0, {}
-        for task, batch in batches.items():
-            loss = self._task_entropy(task, {key: value.to(device) for key, value in batch.items()})
+        passes = [({k: v.to(device) for k, v in batch.items()}, (t, True)) for t, batch in batches.items()]
+        if self.in_step is not None:
+            passes = self.in_step(passes, lambda one: (one[0], (one[1][0], False)))
+        for batch, (task, counts) in passes:
+            loss = self._task_entropy(task, batch)
+            if not counts:
+                (0.0 * loss).backward()
+                continue
             parts[task] = float(loss.detach())
             if not torch.isfinite(loss):
                 raise MergeError(

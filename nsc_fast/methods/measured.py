@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..batches import Batch
+from ..checkpoint import digest
 from ..driver import target_modules
 from ..errors import MergeError
 from ..objectives.running import sample
@@ -21,11 +22,20 @@ __all__ = ["default_targets", "sampled", "signal_probe", "with_signal"]
 
 
 def sampled(inputs: MergeInputs, rows: int) -> tuple[dict[str, list[dict[str, Tensor]]], MergeInputs]:
-    """Batches of about ``rows`` rows of every task, and the inputs with their data as if none were taken."""
+    """Batches of about ``rows`` rows of every task, and the inputs with their data as if none were taken.
+
+    Raises:
+        MergeError: no rows, or other rows than in the first of several processes.
+    """
     chosen: dict[str, list[dict[str, Tensor]]] = {}
     data: dict[str, Iterable[Batch]] = {}
     for task in inputs.tasks:
         chosen[task], data[task] = sample(task, inputs.data[task], rows)
+    if inputs.processes is not None:
+        facts = {}
+        for task, own in chosen.items():
+            facts[f"rows of {task}"] = digest(item for batch in own for item in sorted(batch.items()))
+        inputs.processes.check_same(facts)
     return chosen, replace(inputs, data=data)
 
 

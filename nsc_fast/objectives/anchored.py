@@ -33,6 +33,7 @@ from ..factors import LowRankUpdate
 from ..layers import Installation, model_device
 from ..monitor import TokenBatch
 from ..packing import parts, passes
+from ..sharding import InStep, Pass
 from ..siblings import Siblings, share
 from .running import adapted, evaluating, on_device
 
@@ -229,8 +230,10 @@ class StatesRunner:
 
 
 def _kept(tokens: TokenBatch, found: Tensor, task: str) -> Tensor:
+    # Where there is a decoder, the states are those of its tokens.
+    name = "decoder.states" if tokens.decoder else "states"
     try:
-        _, weight = tokens.tokens(found.shape[:-1], "output states")
+        _, weight = tokens.tokens(found.shape[:-1], name)
     except ValueError:
         raise MergeError(
             f"task {task!r}: the model's states have shape {tuple(found.shape)}, which does not fit the batch"
@@ -251,6 +254,7 @@ class AnchoredObjective:
         tasks: anchors of every task.
         preferences: weight per task, normalised to sum 1. Default: equal.
         batching, micro_batch: see :class:`nsc_fast.parameters.Memory`.
+        in_step: keeps the passes of all processes in step, where the base model is sharded over them.
     """
 
     model: nn.Module
@@ -259,6 +263,7 @@ class AnchoredObjective:
     preferences: Mapping[str, float] | None = None
     batching: str = "auto"
     micro_batch: int | None = None
+    in_step: InStep | None = None
     finished: bool = False
     _share: dict[str, float] = field(init=False)
     _siblings: list[Siblings] = field(default_factory=list)
@@ -272,38 +277,59 @@ class AnchoredObjective:
     def losses(self, batches: Mapping[str, Anchor]) -> tuple[float, dict[str, float]]:
         """Forward and backward for one batch of every task; gradients add up in the coefficients.
 
+        Args:
+            batches: task -> anchors; none is for sharded base models.
+
         Raises:
             MergeError: a distance that is not finite, or batches that cannot be joined though they must.
         """
         pieces = {task: anchor.parts(self.micro_batch) for task, anchor in batches.items()}
         distances = dict.fromkeys(batches, 0.0)
+        todo: list[Pass] = []
+        for i in range(max(map(len, pieces.values()), default=0)):
+            todo += self._passes({t: own[i] for t, own in pieces.items() if i < len(own)})
+        if self.in_step is not None:
+            todo = self.in_step(todo, lambda one: (one[0], None))
         try:
-            for i in range(max(map(len, pieces.values()))):
-                self._pass({t: own[i] for t, own in pieces.items() if i < len(own)}, distances)
+            for inputs, own in todo:
+                self._pass(inputs, own, distances)
         finally:
             for group in self._siblings:
                 group.forget()
         return sum(self._share[task] * value for task, value in distances.items()), distances
 
-    def _pass(self, anchors: Mapping[str, Anchor], distances: dict[str, float]) -> None:
+    def _passes(self, anchors: Mapping[str, Anchor]) -> list[Pass]:
+        """Inputs of every pass, and task -> anchor and the rows that belong to it."""
         tasks, device = list(anchors), self._runner.device
         moved = {k: on_device(anchors[task].inputs, device) for k, task in enumerate(tasks)}
-        for inputs, tokens in passes(moved, device, together=self.batching):
-            self._look(inputs)
-            found = self._runner.run(inputs)
-            loss = 0.0
-            for k in tokens.task.unique().tolist():
-                anchor = anchors[tasks[k]]
-                distance = self.tasks[tasks[k]].distance(anchor, _rows(found, tokens.task == k, anchor))
-                value = float(distance.detach())
-                if not math.isfinite(value):
-                    raise MergeError(
-                        f"the distance of task {tasks[k]!r} is {value}: lower the learning rate or load the "
-                        "base model in float32"
-                    )
-                distances[tasks[k]] += value
-                loss = loss + self._share[tasks[k]] * distance
-            loss.backward()
+        return [
+            (inputs, {tasks[k]: (anchors[tasks[k]], tokens.task == k) for k in tokens.task.unique().tolist()})
+            for inputs, tokens in passes(moved, device, together=self.batching)
+        ]
+
+    def _pass(
+        self,
+        inputs: Mapping[str, Tensor],
+        own: Mapping[str, tuple[Anchor, Tensor]] | None,
+        distances: dict[str, float],
+    ) -> None:
+        self._look(inputs)
+        found = self._runner.run(inputs)
+        if own is None:
+            found.backward(torch.zeros_like(found))
+            return
+        loss = 0.0
+        for task, (anchor, place) in own.items():
+            distance = self.tasks[task].distance(anchor, _rows(found, place, anchor))
+            value = float(distance.detach())
+            if not math.isfinite(value):
+                raise MergeError(
+                    f"the distance of task {task!r} is {value}: lower the learning rate or load the base "
+                    "model in float32"
+                )
+            distances[task] += value
+            loss = loss + self._share[task] * distance
+        loss.backward()
 
     def _look(self, inputs: Mapping[str, Tensor]) -> None:
         """Which layers receive the same activations, found out before the first pass with such inputs."""

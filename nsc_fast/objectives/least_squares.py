@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch, token_batch
-from ..driver import backbone
+from ..driver import backbone, forward_options
 from ..errors import MergeError
 from ..factors import LowRankUpdate, Stack
 from ..layers import model_device, stack_adapters
 from ..packing import parts
-from ..targets import routed
+from ..targets import routed, tokens_of
 from .running import evaluating, on_device
 
-__all__ = ["Moments", "coefficients", "core", "second_moments"]
+__all__ = ["Moments", "Projections", "coefficients", "core", "second_moments"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Moments:
     Attributes:
         stacks: module path -> stacked factors, float64.
         values: module path -> task -> ``E[P P^T]``, ``(R, R)`` float64 on the CPU, for the tasks that adapt
-            the module. An expert of a mixture, to which no token of a task was routed, has none of that task.
+            the module. A task has none at an expert to which no token of it was routed, nor, without images,
+            at a vision tower.
         passes: forward passes over the sampled rows: one.
     """
 
@@ -87,21 +88,22 @@ def second_moments(
     stacks = stack_adapters(updates)
     device = model_device(model)
     runner = backbone(model, tuple(stacks))
+    options = forward_options(runner)
     values: dict[str, dict[str, Tensor]] = {module: {} for module in stacks}
     for task in updates:
-        own = _Own(task, stacks)
+        own = Projections(task, stacks)
         with evaluating(model), own.installed(model):
             for part in (part for batch in batches[task] for part in parts(batch, micro_batch)):
                 moved = on_device(part, device)
                 own.tokens = token_batch(moved, 0, device)
-                runner(**moved)
+                runner(**moved, **options)
         for module, stacked in stacks.items():
-            if task in stacked.tasks and (own.ran(module) or module not in own.experts):
+            if task in stacked.tasks and (own.ran(module) or not own.may_idle(module)):
                 values[module][task] = own.moment(module)
     return Moments(stacks, values)
 
 
-class _Own:
+class Projections:
     """Runs one adapter and adds up the outer products of all adapters' projections: P is formed once."""
 
     def __init__(self, task: str, stacks: Mapping[str, Stack]) -> None:
@@ -114,22 +116,30 @@ class _Own:
         self._handles: list[Any] = []
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def installed(self, model: nn.Module) -> _Own:
+    def installed(self, model: nn.Module) -> Projections:
         for module in self._stacks:
             hook = self._hook(module)
             self._handles.append(model.get_submodule(module).register_forward_hook(hook, with_kwargs=True))
         return self
 
-    def __enter__(self) -> _Own:
+    def __enter__(self) -> Projections:
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
+    def held(self) -> list[Tensor]:
+        """What stays on the device until all rows have passed: factors and sums."""
+        return [*(factor for pair in self._factors.values() for factor in pair), *self._sums.values()]
+
     def ran(self, module: str) -> bool:
         """Whether any token came to a module."""
         return module in self._sums
+
+    def may_idle(self, module: str) -> bool:
+        """Whether it is nothing unusual that no token comes to a module."""
+        return module in self.experts or tokens_of(module) == "other"
 
     def moment(self, module: str) -> Tensor:
         """``(R, R)`` float64 on the CPU."""
@@ -165,7 +175,11 @@ class _Own:
             if not len(rows):
                 return output
             rows = rows.to(torch.float64)
-            self._sums[module] = self._sums.get(module, 0.0) + rows.T @ rows
+            product = rows.T @ rows
+            if module in self._sums:
+                self._sums[module] += product
+            else:
+                self._sums[module] = product
             self._weights[module] = self._weights.get(module, 0.0) + len(rows)
             return output + (p[..., own] @ columns.T).to(output.dtype)
 

@@ -5,13 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architecture_checks import train
-from architecture_rows import ROWS
+from architecture_rows import ROWS, text
 
 from nsc_fast import methods, read_adapter
 from nsc_fast.errors import MergeError
-from nsc_fast.methods import MergeInputs, anchored, auto
+from nsc_fast.methods import MergeInputs, anchored, auto, closed_form
 from nsc_fast.objectives.anchored import anchors, states
+from nsc_fast.objectives.least_squares import second_moments
+from nsc_fast.objectives.running import adapted, evaluating, watched
 from nsc_fast.objectives.score import score
+from nsc_fast.targets import tokens_of
 
 
 def job(name, folder):
@@ -52,6 +55,40 @@ def test_the_distance_falls_and_joined_or_not_it_is_the_same(name, tmp_path):
     arithmetic = methods.get("task_arithmetic")
     start = arithmetic.run(inputs, arithmetic.parameters(scaling=0.4))
     assert score(model, joined.updates, fixed).mean < 0.98 * score(model, start.updates, fixed).mean
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl"])
+def test_a_task_of_texts_alone_leaves_the_vision_tower_to_the_others(name, tmp_path):
+    inputs = job(name, tmp_path)
+    without, other = inputs.tasks
+    inputs.data[without] = [text(50 + i) for i in range(3)]
+    closed = closed_form.METHOD.run(inputs, closed_form.Parameters(ridge=0.0))
+    towers = [m for m in closed.updates if tokens_of(m) == "other"]
+    assert towers
+    moments = second_moments(inputs.model, inputs.updates, inputs.data)
+    for module in towers:
+        assert list(moments.values[module]) == [other]
+        got, own = closed.updates[module].dense(), inputs.updates[other][module].dense()
+        z = inputs_at(inputs, module, other)
+        assert (z @ (got - own).T).abs().max() < 1e-6 * (z @ own.T).abs().max()
+    result = auto.METHOD.run(
+        inputs, auto.Parameters(scales=(0.2, 0.5), data_free=("iso_c",), anchored_steps=2, margin=10.0)
+    )
+    assert set(towers) < set(result.updates)
+
+
+def inputs_at(inputs, module, task):
+    """Activations of a task at a module under its own adapter, ``(N, d_in)``."""
+    seen = []
+    own = inputs.updates[task]
+
+    def see(module, z, y):
+        seen.append(z.reshape(-1, z.shape[-1]))
+
+    with evaluating(inputs.model), adapted(inputs.model, own), watched(inputs.model, [module], see):
+        for batch in inputs.data[task]:
+            inputs.model(**batch)
+    return torch.cat(seen)
 
 
 def test_a_pair_of_encoders_needs_pairs():

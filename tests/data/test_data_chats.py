@@ -273,6 +273,21 @@ class TestRecipe:
         assert "task 'one': 3 of 7 rows have no image and are read as texts" in result.notices
         assert len(result.history) == 4 and all(0 < step.loss < 1 for step in result.history)
 
+    def test_a_task_without_images_never_comes_to_the_vision_tower(self, shop, tmp_path):
+        (tmp_path / "d.jsonl").write_text(json.dumps({"text": "w1 w2 w3"}) + "\n")
+        content = self.recipe(shop).model_dump()
+        content["adapters"][1]["data"] = {"path": str(tmp_path / "d.jsonl")}
+        result, _ = run_recipe(make_recipe(content, where="here"))
+        tasks = {name: set(own) for name, own in result.signal["modules"].items()}
+        assert {frozenset(own) for name, own in tasks.items() if "vision" in name} == {frozenset({"one"})}
+        assert {frozenset(own) for name, own in tasks.items() if "language" in name} == {
+            frozenset({"one", "two"})
+        }
+        vision = [name for name in tasks if "vision" in name]
+        content["parameters"] = {"steps": 1, "scope": {"layers": "all", "filter": vision}}
+        with pytest.raises(MergeError, match="no target module ran in the forward pass"):
+            run_recipe(make_recipe(content, where="here"))
+
     def test_images_and_places_are_checked_before_anything_is_loaded(self, shop):
         (shop / "bad.json").write_text(json.dumps([llava_row(), llava_row(image="nowhere.png")]))
         with pytest.raises(MergeError, match="task 'one': bad.json, item 2: there is no image 'nowhere.png'"):

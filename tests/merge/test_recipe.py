@@ -38,8 +38,9 @@ def test_environment_variables_are_expanded_in_paths(monkeypatch, tmp_path):
     ("change", "message"),
     [
         ({"merge_metod": "nsc"}, "merge_metod: unknown key"),
-        ({"adapters": []}, "adapters"),
+        ({"adapters": []}, "adapters: give at least 1"),
         ({"adapters": [{"name": "one"}]}, "adapters.0.path"),
+        ({"adapters": [{"name": "", "path": "a"}]}, "adapters.0.name"),
         (
             {"adapters": [{"name": "x", "path": "a"}, {"name": "x", "path": "b"}]},
             "two adapters are named 'x'",

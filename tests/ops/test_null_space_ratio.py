@@ -267,6 +267,11 @@ class TestWeights:
         with pytest.raises(ValueError, match="empty or fully masked"):
             null_space_ratio(z, basis_of(down(2, 9)), weight=torch.zeros(shape))
 
+    def test_a_mask_that_is_added_to_scores_is_named(self):
+        mask = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, -1e9, -1e9]])
+        with pytest.raises(ValueError, match="negative, as in a mask that is added .* pass 1 for real"):
+            null_space_ratio(tokens(2, 3, 9), basis_of(down(2, 9)), weight=mask)
+
     def test_the_weights_must_have_one_value_a_token(self):
         with pytest.raises(
             ValueError, match=r"weight has shape \(3, 2\); expected one weight a token, \(2, 3\)"
