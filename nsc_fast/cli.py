@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
-from .adapters import AdapterError, inspect_adapter
 from .cli_apply import add_apply
 from .cli_merge import add_merge
 from .cli_run import INTERRUPTED, check_impl, check_out, device_of
@@ -52,12 +52,16 @@ def _errors() -> Iterator[None]:
         yield
     except RecipeError as error:
         _fail(str(error), USAGE)
-    except (AdapterError, MergeError, ValueError) as error:
+    except (MergeError, ValueError) as error:
+        # AdapterError is a ValueError.
+        _fail(str(error), REFUSED)
+    except OSError as error:
+        # No space, no right to write, a file in place of a folder.
         _fail(str(error), REFUSED)
 
 
 def _fail(message: str, code: int) -> None:
-    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, markup=True)
     raise typer.Exit(code)
 
 
@@ -66,6 +70,8 @@ def inspect(
     adapters: Annotated[list[str], typer.Argument(help="adapter folders or hub ids")], as_json: Json = False
 ) -> None:
     """Tells what each adapter is, and everything that would stop a merge. Reads headers only."""
+    from .adapters import inspect_adapter
+
     with _errors():
         found = [inspect_adapter(adapter) for adapter in adapters]
     if as_json:
@@ -181,7 +187,7 @@ def sweep_command(
                 "sweep writes a LoRA: leave output.kind out, and use `nsc-fast apply` on the best"
             )
         if out is not None:
-            overwrite = check_out(out, "lora", overwrite)
+            overwrite = check_out(out, "lora", overwrite, recipe=loaded)
         own = device_of(device)
         check_impl(impl, own)
         with progress(0) as (on_stage, _):
@@ -224,7 +230,7 @@ def doctor(device: Device = "auto") -> None:
         table.add_column(column)
     for one in findings:
         error = one.reason if one.error is None else f"{one.error:.1e} {one.reason}"
-        result = "[green]ok[/]" if one.passed else "[bold red]FAILED[/]"
+        result = Text("ok", "green") if one.passed else Text("FAILED", "bold red")
         table.add_row(one.operation, str(one.dtype), error, f"{one.limit:.0e}", result)
     console.print(table)
     if impl == "triton" and chosen == "cpu":

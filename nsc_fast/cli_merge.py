@@ -142,7 +142,7 @@ def add_merge(app: typer.Typer, errors: Callable[[], AbstractContextManager[None
             if not dry_run:
                 kept = checkpoints_of(out, checkpoint_every, checkpoints, resume, overwrite, first)
             if first and out is not None:
-                overwrite = check_out(out, loaded.output.kind, overwrite, kept)
+                overwrite = check_out(out, loaded.output.kind, overwrite, kept, recipe=loaded)
             own = device_of(device, there=not dry_run)
             check_impl(impl, own)
             _check_place(loaded.base_model, device, max_memory)

@@ -108,7 +108,8 @@ def _shared(content: dict[str, Any], method: str) -> Any:
 
 
 def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {key: value for key, value in (options or {}).items() if value not in (None, False)}
+    # Not by equality: 0 is a number that somebody gave.
+    return {key: value for key, value in (options or {}).items() if value is not None and value is not False}
 
 
 def _base_of(base: Any, given: dict[str, Any]) -> dict[str, Any]:

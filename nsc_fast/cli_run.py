@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from .errors import RecipeError
 if TYPE_CHECKING:
     from .checkpoint import Checkpoints
     from .processes import Processes
+    from .recipe import Recipe
 
 __all__ = [
     "INTERRUPTED",
@@ -76,7 +78,12 @@ def check_impl(impl: str, device: str) -> None:
 
 
 def check_out(
-    out: Path, kind: Literal["lora", "full"], overwrite: bool, checkpoints: Checkpoints | None = None
+    out: Path,
+    kind: Literal["lora", "full"],
+    overwrite: bool,
+    checkpoints: Checkpoints | None = None,
+    *,
+    recipe: Recipe | None = None,
 ) -> bool:
     """Whether the output can be written, and if so whether it replaces what is there.
 
@@ -86,21 +93,40 @@ def check_out(
     Args:
         kind: of the recipe's output.
         checkpoints: of this run.
+        recipe: what it reads must not be what is replaced.
 
     Raises:
-        RecipeError: there is an output, and no word to replace it.
+        RecipeError: there is an output, and no word to replace it; it holds something that the recipe reads;
+            or nothing can be written there.
         AdapterError: what is there is no output.
     """
     from .adapters.write import check_replaceable
 
+    whole = out.resolve()
+    parent = next((folder for folder in whole.parents if folder.exists()), whole)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RecipeError(f"the output {out} cannot be written into {parent}; choose another folder")
     if not out.exists():
         return overwrite
+    for name, path in () if recipe is None else _read_from(recipe):
+        if whole in (path, *path.parents):
+            raise RecipeError(f"the output {out} holds the {name}, which would be lost; choose another one")
     goes_on = checkpoints is not None and checkpoints.resume and bool(checkpoints.files())
     if not overwrite and not (goes_on and _interrupted(out)):
         raise RecipeError(f"the output {out} exists; choose another folder or add --overwrite")
     marker = "config.json" if kind == "full" else "adapter_config.json"
     check_replaceable(f"output {str(out)!r}", out, True, marker=marker)
     return True
+
+
+def _read_from(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """What a recipe reads on this machine, and where that is."""
+    for spec in recipe.adapters:
+        yield f"adapter {spec.name!r}", Path(spec.path).expanduser().resolve()
+        if spec.data is not None:
+            yield f"data of {spec.name!r}", Path(spec.data.path).expanduser().resolve()
+    if recipe.base_model is not None:
+        yield "base model", Path(recipe.base_model.path).expanduser().resolve()
 
 
 def _interrupted(out: Path) -> bool:
@@ -176,6 +202,9 @@ def checkpoints_of(
         if resume or folder is not None:
             raise RecipeError("--checkpoint-every 0 writes none: leave --resume and --checkpoints out")
         return None
+    if out.name in ("", ".."):
+        # The folder in which we are has a name of its own.
+        out = out.resolve()
     found = Checkpoints(
         folder or out.with_name(f"{out.name}.partial"),
         every,

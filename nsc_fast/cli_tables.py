@@ -14,8 +14,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .adapters import AdapterError
-
 __all__ = [
     "console",
     "describe_method",
@@ -28,13 +26,14 @@ __all__ = [
     "sweep_table",
 ]
 
-console = Console(stderr=True)
+# Names and paths may hold brackets: markup only where it is asked for.
+console = Console(stderr=True, markup=False)
 
 
 @contextmanager
 def progress(steps: int) -> Iterator[tuple[Callable[[str], None], Callable[[Any], None]]]:
     """A bar, as two callbacks: for a stage, and for a step."""
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}")]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[loss]}")]
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         bar = progress.add_task("starting", total=steps or None, loss="")
 
@@ -66,6 +65,7 @@ def print_checks(checks: list[Any]) -> bool:
             f"{state} {check.name}: {check.value:.1e} (must be {relation} {check.limit:.0e}) "
             f"{escape(check.detail)}",
             highlight=False,
+            markup=True,
         )
     return all(check.passed for check in checks)
 
@@ -73,7 +73,7 @@ def print_checks(checks: list[Any]) -> bool:
 def inspection_table(found: list[Any]) -> None:
     """What the adapters are, and what is wrong with them."""
     table = Table(title="adapters")
-    for column in ("name", "base model", "rank", "scale", "modules", "dtype", "sha256"):
+    for column in ("name", "base model", "rank", "scale", "targets", "modules", "dtype", "sha256"):
         table.add_column(column)
     for one in found:
         table.add_row(
@@ -81,15 +81,21 @@ def inspection_table(found: list[Any]) -> None:
             str(one.base_model),
             ", ".join(map(str, one.ranks)),
             ", ".join(f"{s:g}" for s in one.scales),
+            ", ".join(one.targets),
             str(one.modules),
             one.dtype,
             one.digest[:12],
         )
-    Console().print(table)
+    _plain().print(table)
     for one in found:
         if one.problems:
+            # Imports torch: not before it is needed.
+            from .adapters import AdapterError
+
             told = escape(str(AdapterError(f"adapter {one.name!r}", *one.problems)))
-            console.print(f"[bold red]refused:[/] {told}", highlight=False)
+            console.print(f"[bold red]refused:[/] {told}", highlight=False, markup=True)
+        for notice in one.notices:
+            console.print(f"note: adapter {one.name!r}: {notice}", highlight=False)
 
 
 def describe_method(method: Any) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def method_details(method: Any) -> None:
         table.add_column(column, overflow="fold")
     for key, field in described["parameters"].items():
         default = "none" if field["default"] is None else str(field["default"])
-        table.add_row(key, field["type"].replace("[", "\\["), field["bounds"], default.replace("[", "\\["))
+        table.add_row(key, field["type"], field["bounds"], default)
     out.print(table)
     for kind in method.parameters.__mro__:
         if kind.__module__.startswith("nsc_fast.") and kind.model_fields and kind.__doc__:
@@ -158,7 +164,7 @@ def method_details(method: Any) -> None:
 
 def _plain() -> Console:
     """Standard output, without colours of its own."""
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False)
 
 
 def sweep_table(found: Any) -> None:

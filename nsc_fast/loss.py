@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .factors import row_basis
 from .ops import null_space_ratio
-from .targets import tokens_of
+from .targets import matches, tokens_of
 
 if TYPE_CHECKING:
     from .adapters import Adapter
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["NSCLoss", "Watch"]
 
 _PEFT_PREFIX = "base_model.model."
+_WRAPPED = ("_orig_mod", "module")  # of torch.compile and DistributedDataParallel
 
 
 @dataclass
@@ -249,7 +250,8 @@ class NSCLoss(nn.Module):
             for name in self.modules_of[task]:
                 layer = present.get(name, present.get(_PEFT_PREFIX + name))
                 if layer is None:
-                    raise KeyError(f"{type(model).__name__} has no module {name!r} of task {task!r}")
+                    inside = next((f", but its {n} may" for n in _WRAPPED if n in model._modules), "")
+                    raise KeyError(f"{type(model).__name__} has no module {name!r} of task {task!r}{inside}")
                 collect = _collector(name, calls, grads)
                 handles.append(layer.register_forward_pre_hook(collect, with_kwargs=True))
             seen = Watch()
@@ -372,8 +374,10 @@ def _shared(activations: Mapping[str, Tensor]) -> list[tuple[Tensor, list[str]]]
 def _select(
     adapters: Mapping[str, Mapping[str, Any]], modules: str | Sequence[str] | None
 ) -> dict[str, dict[str, Tensor]]:
-    from .targets import matches
-
+    adapted = [module for own in adapters.values() for module in own]
+    for name in modules if isinstance(modules, list | tuple) else ():
+        if not any(matches(module, name) for module in adapted):
+            raise ValueError(f"no task adapts a module named {name!r}: {_some(adapted)}")
     out = {
         task: {name: f.down for name, f in own.items() if modules is None or matches(name, modules)}
         for task, own in adapters.items()

@@ -369,10 +369,10 @@ def _readable(error: ValidationError, where: str) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "recipe"
-        what = (
-            "unknown key"
-            if problem["type"] == "extra_forbidden"
-            else problem["msg"].removeprefix("Value error, ")
-        )
+        what = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            what = "unknown key"
+        elif problem["type"] == "too_short":
+            what = f"give at least {problem['ctx']['min_length']}"
         lines.append(f"{where}: {key}: {what}")
     return "\n".join(lines)

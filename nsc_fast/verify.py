@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -91,6 +92,7 @@ def verify_output(
         whole: path -> merged tensor of the modules that replace the base's. Default: those of the folder.
     """
     written = read_adapter(out, name="merged", modules_to_save="keep-separate")
+    check_against_model([written], model)
     rank = max(f.rank for f in written.modules.values())
     expected = {m: u.truncate(rank)[0] if u.rank > rank else u for m, u in updates.items()}
     checks = [_weights_check(written, expected, whole)]
@@ -218,8 +220,11 @@ def verify_full_model(
 
 def _stored_dtype(folder: Path) -> str:
     """Of a full model's weights, as it was asked for: "auto" or the name of a dtype."""
-    told = json.loads((folder / "nsc_fast" / "apply.json").read_text(encoding="utf-8"))
-    return told["dtype"]
+    file = folder / "nsc_fast" / "apply.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["dtype"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MergeError(f"{file} is damaged: {error}; restore it from a copy, or merge again") from error
 
 
 def _recipe(folder: Path, record: Record) -> Recipe | None:
@@ -275,9 +280,15 @@ def _again(
     updates = {task: adapter.canonical() for task, adapter in adapters.items()}
     tensors_file = folder / "nsc_fast" / "coefficients.safetensors"
     if tensors_file.is_file():
-        coefficients = load_file(str(tensors_file))
         stacks = stack_adapters(updates)
-        return {module: stacked.merged(coefficients[module]) for module, stacked in stacks.items()}
+        try:
+            coefficients = load_file(str(tensors_file))
+            return {module: stacked.merged(coefficients[module]) for module, stacked in stacks.items()}
+        except (SafetensorError, KeyError, ValueError) as error:
+            reason = f"no module {error}" if isinstance(error, KeyError) else str(error)
+            raise MergeError(
+                f"{tensors_file} is damaged: {reason}; restore it from a copy, or merge again"
+            ) from error
     method = methods.get(summary.method)
     if method.needs_data:
         return None
@@ -306,6 +317,9 @@ def _weights_check(
             error = _difference(update, other) / scale if scale > 0 else other.energy**0.5
         if error > worst:
             worst, where = error, module
+    for module, other in got.items():
+        if module not in expected and other.energy > 0:
+            worst, where = max(worst, 1.0), module
     for path, tensor in (whole or {}).items():
         got, wide = written.heads.get(path), tensor.to(torch.float64)
         error = 1.0 if got is None else float((got.to(wide) - wide).norm() / wide.norm().clamp(min=1e-30))

@@ -313,7 +313,12 @@ def replacing(where: str, out: Path, overwrite: bool, *, marker: str = CONFIG) -
     new_parents = [p for p in out.parents if not p.exists()]
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        temporary.mkdir(parents=True)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise AdapterError(
+                where, Problem("folder", f"cannot be made: {error.strerror}", "choose another one")
+            ) from error
         yield temporary
         check_replaceable(where, out, overwrite, marker=marker)  # somebody may have written there meanwhile
         _swap(temporary, out)

@@ -91,6 +91,11 @@ def _weighted_mean(omega: Tensor, weight: Tensor, leading: torch.Size, check: bo
     w = weight.reshape(-1, 1).to(omega.dtype)
     total = w.sum()
     if not torch.compiler.is_compiling() and (w.numel() == 0 or (check and not bool(total > 0))):
+        if bool((w < 0).any()):
+            raise ValueError(
+                "the weights are negative, as in a mask that is added to attention scores; pass 1 for real "
+                "tokens and 0 for padding"
+            )
         raise ValueError(
             "the weights sum to zero: the batch is empty or fully masked; pass at least one real token"
         )
