@@ -66,10 +66,10 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_table_of_known_numbers(tmp_path) -> None:
-    """Averages and worst over the seeds; a task at the share of the commonest class does not count."""
-    lines = [
-        {"kind": "run", "run": "r", "date": "d", "cpu": "c", "threads": 1, "torch": "t", "revision": "v"}
-    ]
+    """Averages and worst over the draws; a task at the share of the commonest class does not count."""
+    told = {"kind": "run", "date": "d", "cpu": "c", "threads": 1, "torch": "t", "revision": "v"}
+    # The same seed for adapters of another training is a draw of its own.
+    lines = [{**told, "run": f"r{training}", "adapter_seed": training} for training in (0, 1)]
     fine_tuned = {"a": 0.8, "b": 0.5, "chance": 0.52}
     shares = {
         ("fine-tuned", 0): (1, 1, 1),
@@ -77,15 +77,15 @@ def test_table_of_known_numbers(tmp_path) -> None:
         ("mine", 0): (0.9, 0.7, 2.0),
         ("mine", 1): (0.8, 0.6, 0.1),
     }
-    for (label, seed), values in shares.items():
+    for (label, training), values in shares.items():
         for (task, own), share in zip(fine_tuned.items(), values, strict=True):
             lines.append(
                 {
-                    "run": "r",
+                    "run": f"r{training}",
                     "kind": "score",
                     "suite": "s",
                     "label": label,
-                    "seed": seed,
+                    "seed": 3,
                     "task": task,
                     "status": "ok",
                     "metric": "accuracy",
@@ -99,7 +99,7 @@ def test_table_of_known_numbers(tmp_path) -> None:
                 }
             )
     lines.append(
-        {"run": "r", "kind": "score", "suite": "s", "label": "x", "status": "failed", "reason": "broke"}
+        {"run": "r0", "kind": "score", "suite": "s", "label": "x", "status": "failed", "reason": "broke"}
     )
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -112,8 +112,9 @@ def test_table_of_known_numbers(tmp_path) -> None:
     assert (
         "| mine | 85.0 ± 7.1 | 65.0 ± 7.1 | 105.0 ± 134.4 | 75.0 ± 7.1 | 65.0 ± 7.1 (b) | 3.0 | 10 |" in shown
     )
-    for seeds in results.scores.values():
-        for own in seeds.values():
+    assert "adapters of training 0, 1, seeds 3;" in shown
+    for draws in results.scores.values():
+        for own in draws.values():
             del own["a"], own["b"]
     assert "| mine | 105.0 ± 134.4 | – | – (no task counts) | 3.0 | 10 |" in table.markdown(results)
     assert "x: failed: broke" in shown and "commonest class: chance." in shown

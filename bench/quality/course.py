@@ -71,8 +71,8 @@ def course(rows: Results) -> dict[str, dict[str, list[Any]]]:
     seeds (NaN for one seed); seconds are CPU seconds to prepare and to merge, in the mean over the seeds.
     """
     found: dict[str, dict[int, tuple[float, float, float]]] = {}
-    for label, seeds in rows.scores.items():
-        firsts = [next(iter(own.values())) for own in seeds.values()]
+    for label, draws in rows.scores.items():
+        firsts = [next(iter(own.values())) for own in draws.values()]
         if "course" not in firsts[0]:
             continue
         spent = [r["seconds"]["preparation"] + r["seconds"]["optimisation"] for r in firsts]

@@ -3,9 +3,10 @@
     python -m bench.quality.table RESULTS... [--out FILE]
 
 Per suite: the absolute scores of the fine-tuned adapters, then every merge in percent of them, task by task,
-with average and worst task; mean and standard deviation over the seeds. Where a file holds a label, seed and
-task more than once, the last counts. A task whose own adapter is no better than always answering the
-commonest class, within two standard errors, is shown but left out of average and worst.
+with average and worst task; mean and standard deviation over the draws, each of which is a training of the
+adapters and a seed of the merge. Where a file holds a label, draw and task more than once, the last counts.
+A task whose own adapter is no better than always answering the commonest class, within two standard errors,
+is shown but left out of average and worst.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from .run import BASE_LABEL, FINE_TUNED
 __all__ = ["Results", "Summary", "main", "markdown", "read"]
 
 Row = dict[str, Any]
+Draw = tuple[int, int]
+"""Seed of the adapters' training, and of the merge."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,24 @@ class Results:
 
     Attributes:
         suite: its name.
-        scores: label -> seed -> task -> row, in the order of the files.
+        scores: label -> draw -> task -> row, in the order of the files.
         reasons: label -> why there is no score.
         runs: provenance of the runs that the scores come from.
     """
 
     suite: str
-    scores: dict[str, dict[int, dict[str, Row]]]
+    scores: dict[str, dict[Draw, dict[str, Row]]]
     reasons: dict[str, str]
     runs: list[Row]
 
     @property
     def tasks(self) -> list[str]:
         """Tasks in the order of the file."""
-        return list(dict.fromkeys(t for seeds in self.scores.values() for own in seeds.values() for t in own))
+        return list(dict.fromkeys(t for draws in self.scores.values() for own in draws.values() for t in own))
 
     @property
     def at_chance(self) -> list[str]:
-        """Tasks whose own adapter has learned nothing that shows, in any seed's rows."""
+        """Tasks whose own adapter has learned nothing that shows, in any draw's rows."""
         found = []
         for task in self.tasks:
             rows = [own[task] for own in self.scores.get(FINE_TUNED, {}).values() if task in own]
@@ -62,21 +65,21 @@ class Results:
 
 @dataclass(frozen=True)
 class Summary:
-    """One label over its seeds, in percent of fine-tuned: pairs of mean and standard deviation.
+    """One label over its draws, in percent of fine-tuned: pairs of mean and standard deviation.
 
     Attributes:
         tasks: task -> pair.
         average: of the mean over the tasks.
         worst: of the smallest of them.
         worst_task: where the means are smallest.
-        seeds: how many.
+        draws: how many.
     """
 
     tasks: dict[str, tuple[float, float]]
     average: tuple[float, float]
     worst: tuple[float, float]
     worst_task: str
-    seeds: int
+    draws: int
 
 
 def _at_chance(row: Mapping[str, Any]) -> bool:
@@ -109,23 +112,24 @@ def read(files: Iterable[Path]) -> list[Results]:
                 own.reasons[row["label"]] = f"{row['status']}: {row['reason']}"
                 continue
             own.reasons.pop(row["label"], None)
-            own.scores.setdefault(row["label"], {}).setdefault(row["seed"], {})[row["task"]] = row
+            draw = runs[row["run"]]["adapter_seed"], row["seed"]
+            own.scores.setdefault(row["label"], {}).setdefault(draw, {})[row["task"]] = row
     for own in suites.values():
-        used = {row["run"] for seeds in own.scores.values() for t in seeds.values() for row in t.values()}
+        used = {row["run"] for draws in own.scores.values() for t in draws.values() for row in t.values()}
         own.runs.extend(run for name, run in runs.items() if name in used)
     return list(suites.values())
 
 
 def summarise(results: Results, label: str) -> Summary:
-    """Percent of fine-tuned of one label, over its seeds."""
-    seeds = list(results.scores[label].values())
+    """Percent of fine-tuned of one label, over its draws."""
+    draws = list(results.scores[label].values())
     counted = [t for t in results.tasks if t not in results.at_chance]
-    shares = [{t: 100 * own[t]["normalised"] for t in results.tasks if t in own} for own in seeds]
+    shares = [{t: 100 * own[t]["normalised"] for t in results.tasks if t in own} for own in draws]
     tasks = {t: _spread([own[t] for own in shares if t in own]) for t in results.tasks}
     averages = [statistics.fmean(own[t] for t in counted) for own in shares if counted]
     worst = [min(own[t] for t in counted) for own in shares if counted]
     where = min(counted, key=lambda t: tasks[t][0], default="no task counts")
-    return Summary(tasks, _spread(averages), _spread(worst), where, len(seeds))
+    return Summary(tasks, _spread(averages), _spread(worst), where, len(draws))
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
@@ -150,14 +154,15 @@ def markdown(results: Results) -> str:
 
 def _provenance(results: Results) -> str:
     run = results.runs[-1]
-    seeds = sorted({seed for own in results.scores.values() for seed in own})
+    draws = {draw for own in results.scores.values() for draw in own}
+    trainings, seeds = (", ".join(map(str, sorted({draw[i] for draw in draws}))) for i in (0, 1))
     rows = {t: row["test_rows"] for own in results.scores[FINE_TUNED].values() for t, row in own.items()}
     told = ", ".join(f"{t} {n}" for t, n in rows.items())
     revisions = ", ".join(sorted({str(r["revision"] or r["nsc_fast"]) for r in results.runs}))
     return (
         f"{run['date']}, {run['cpu']}, {run['threads']} thread, torch {run['torch']}, nsc_fast {revisions}; "
-        f"seeds {', '.join(map(str, seeds))}; test rows: {told}. Mean ± standard deviation over the seeds, "
-        "which vary unlabeled rows, random draws and sampled test rows, not the adapters."
+        f"adapters of training {trainings}, seeds {seeds}; test rows: {told}. Mean ± standard deviation over "
+        "the merges; a seed varies unlabeled rows, random draws and sampled test rows."
     )
 
 
@@ -171,8 +176,8 @@ def _scores(results: Results) -> list[str]:
     ]
     for label in (FINE_TUNED, BASE_LABEL):
         if label in results.scores:
-            seeds = results.scores[label].values()
-            pairs = [_spread([100 * own[t]["score"] for own in seeds if t in own]) for t in tasks]
+            draws = results.scores[label].values()
+            pairs = [_spread([100 * own[t]["score"] for own in draws if t in own]) for t in tasks]
             lines.append(f"| {label}, absolute × 100 | {' | '.join(map(_text, pairs))} |")
     lines += [
         "",
@@ -199,7 +204,7 @@ def _scores(results: Results) -> list[str]:
 
 
 def _firsts(results: Results, label: str) -> list[Row]:
-    """One row per seed: times and memory are those of the whole merge."""
+    """One row per draw: times and memory are those of the whole merge."""
     return [next(iter(own.values())) for own in results.scores[label].values()]
 
 
