@@ -13,6 +13,8 @@ from .errors import MergeError
 from .monitor import TokenBatch
 
 __all__ = [
+    "GRIDS",
+    "PATCHES",
     "Batch",
     "BatchStream",
     "cut",
@@ -31,8 +33,9 @@ _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids")
 # Inputs that are no tokens of the text, though one of their sizes may happen to be its length.
 _NOT_TEXT = ("decoder_", "pixel_", "image_", "input_features", "input_values")
 # Patches of all images in one list, and how many of them an image has in time, height and width (Qwen2-VL).
-_PATCHES, _GRIDS, _KINDS = "pixel_values", "image_grid_thw", "mm_token_type_ids"
-_IMAGE_KIND = 1
+PATCHES, GRIDS = "pixel_values", "image_grid_thw"
+# What kind of token stands at every place, and that of images.
+_KINDS, _IMAGE_KIND = "mm_token_type_ids", 1
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
 
@@ -158,7 +161,7 @@ def rows(batch: Batch) -> int:
 
 def patches(batch: Batch) -> int:
     """Patches of all images of a batch, where they come in one list; 0 where they do not."""
-    return batch[_PATCHES].shape[0] if _PATCHES in batch and _GRIDS in batch else 0
+    return batch[PATCHES].shape[0] if PATCHES in batch and GRIDS in batch else 0
 
 
 def image_ends(batch: Batch) -> list[tuple[int, int]] | None:
@@ -177,10 +180,10 @@ def image_ends(batch: Batch) -> list[tuple[int, int]] | None:
     if not bool((tokens > 0).all()) or count % total:
         return None
     of_images = {0: 0}
-    for number, end in enumerate(batch[_GRIDS].prod(1).cumsum(0).tolist(), 1):
+    for number, end in enumerate(batch[GRIDS].prod(1).cumsum(0).tolist(), 1):
         of_images[end] = number
     ends = [0, *(tokens.cumsum(0) * (count // total)).tolist()]
-    if any(end not in of_images for end in ends) or of_images[count] != len(batch[_GRIDS]):
+    if any(end not in of_images for end in ends) or of_images[count] != len(batch[GRIDS]):
         return None
     return [(of_images[end], end) for end in ends]
 
@@ -190,8 +193,8 @@ def cut(batch: Batch, start: int, stop: int) -> dict[str, Tensor]:
     ends, out = image_ends(batch), {}
     for key, value in batch.items():
         first, last = start, stop
-        if ends is not None and key in (_GRIDS, _PATCHES):
-            first, last = (ends[row][key == _PATCHES] for row in (start, min(stop, rows(batch))))
+        if ends is not None and key in (GRIDS, PATCHES):
+            first, last = (ends[row][key == PATCHES] for row in (start, min(stop, rows(batch))))
         out[key] = value[first:last]
     return out
 

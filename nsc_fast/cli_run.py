@@ -109,7 +109,8 @@ def check_out(
     if not out.exists():
         return overwrite
     for name, path in () if recipe is None else _read_from(recipe):
-        if whole in (path, *path.parents):
+        # A hub id is no path here.
+        if path.exists() and whole in (path, *path.parents):
             raise RecipeError(f"the output {out} holds the {name}, which would be lost; choose another one")
     goes_on = checkpoints is not None and checkpoints.resume and bool(checkpoints.files())
     if not overwrite and not (goes_on and _interrupted(out)):

@@ -28,7 +28,7 @@ from .parameters import NSCParameters
 from .processes import Processes
 from .sharding import InStep, Pass, check_sharding, counted_for_nothing, gathered, is_sharded
 from .siblings import Siblings, share
-from .targets import routed, select_targets
+from .targets import routed, select_targets, tokens_of
 
 __all__ = [
     "Driver",
@@ -134,11 +134,11 @@ class Driver:
             for inputs, tokens in passes:
                 if frozenset(inputs) not in self._expected:
                     self.look(inputs, tokens)
-                loss = self.forward(inputs, tokens)
-                present = {monitor.tasks[k] for k in tokens.task.unique().tolist()}
-                for task, value in monitor.task_means().items():
-                    if task in present:
-                        ratios[task] = ratios.get(task, 0.0) + value
+                loss, means = self.forward(inputs, tokens), monitor.task_means()
+                for task in (monitor.tasks[k] for k in tokens.task.unique().tolist()):
+                    if task not in means:
+                        raise MergeError(self._unreached(task))
+                    ratios[task] = ratios.get(task, 0.0) + means[task]
                 total += self._backward(loss)
         finally:
             monitor.clear()
@@ -211,10 +211,18 @@ class Driver:
         with suppress(EndOfPass):
             self._runner(**inputs, **self._options)
 
-    def _backward(self, loss: Tensor | None) -> float:
-        if loss is None:
-            targets = ", ".join(list(self.installation.monitor.targets)[:3])
-            raise MergeError(f"no target module ran in the forward pass (targets: {targets}, ...)")
+    def _unreached(self, task: str) -> str:
+        targets = [module for module, own in self.installation.monitor.targets.items() if task in own]
+        more = ", ..." if len(targets) > 3 else ""
+        text = (
+            f"task {task!r}: a batch reaches none of the task's target modules "
+            f"({', '.join(targets[:3])}{more}); widen parameters.scope to modules that every batch reaches"
+        )
+        if any(tokens_of(module) == "other" for module in targets):
+            text += ", or leave rows without images or sound out of its data"
+        return text
+
+    def _backward(self, loss: Tensor) -> float:
         value = float(loss.detach())
         if value != value or value in (float("inf"), float("-inf")):
             raise MergeError(f"the loss is {value}: {self._culprit()}")
@@ -270,7 +278,8 @@ def optimise(
         reached by then is returned.
 
     Raises:
-        MergeError: data missing for a task, a loss that is not finite, empty batches.
+        MergeError: data missing for a task, a loss that is not finite, batches that are empty or reach no
+            target module of their task.
         ValueError: targets or modules that do not exist.
     """
     parameters = parameters or NSCParameters()

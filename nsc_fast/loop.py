@@ -131,7 +131,7 @@ def minimise(
                 ended = stopper.done(loss) or driver.finished or step == parameters.steps
                 if recorder is not None:
                     recorder.step(history, ended)
-                if interrupted() and not ended:
+                if interrupted():
                     return history, True
         except KeyboardInterrupt:
             return history, True

@@ -35,10 +35,10 @@ from .checks import (
     check_shardable,
 )
 from .data import adapter_folders, check_data, check_tokenizers, read_data
+from .decoder_inputs import completed
 from .dense import dense_applied, merge_dense
 from .driver import StepRecord
 from .errors import MergeError
-from .inputs import completed
 from .interference import Interference, interference
 from .loading import base_skeleton, load_base
 from .methods import MergeInputs

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, cut, image_ends, join, patches, rows, token_batch, token_mask
+from .batches import GRIDS, PATCHES, Batch, cut, image_ends, join, patches, rows, token_batch, token_mask
 from .errors import MergeError
 from .monitor import TokenBatch, Whole
 
@@ -126,7 +126,7 @@ def divisible(batch: Batch) -> bool:
 
 def _undivided(batch: Batch) -> str | None:
     """An input that cannot be divided, or None."""
-    count, own = rows(batch), () if image_ends(batch) is None else ("pixel_values", "image_grid_thw")
+    count, own = rows(batch), () if image_ends(batch) is None else (PATCHES, GRIDS)
     for key, value in batch.items():
         if key.startswith(_UNDIVIDED) or (key not in own and (value.ndim == 0 or value.shape[0] != count)):
             return key

@@ -80,7 +80,7 @@ class _Costs:
     """Bytes and operations of any pass.
 
     What a pass needs is no simple function of its tokens: half precision is lifted in blocks of so many, and
-    the peak wanders. A pass takes as long to count whatever its size, so that each is counted as it is; only
+    the peak wanders. To count a pass takes seconds at most, so that each is counted as it is; only
     lengths between the recipe's own, its doubles and its halves are interpolated, and those beyond the
     positions of the model are on a line.
     """

@@ -318,8 +318,8 @@ def _weights_check(
         if error > worst:
             worst, where = error, module
     for module, other in got.items():
-        if module not in expected and other.energy > 0:
-            worst, where = max(worst, 1.0), module
+        if module not in expected and other.energy > 0 and worst < 1.0:
+            worst, where = 1.0, module
     for path, tensor in (whole or {}).items():
         got, wide = written.heads.get(path), tensor.to(torch.float64)
         error = 1.0 if got is None else float((got.to(wide) - wide).norm() / wide.norm().clamp(min=1e-30))

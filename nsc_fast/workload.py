@@ -124,7 +124,8 @@ class Workload:
     def moments(self) -> tuple[int, int]:
         """Of the second moments of projections: bytes on the device, for a task at most, and on the host.
 
-        On the device are all down projections, the task's own up projections and its sums, in float64.
+        On the device are all down projections and the task's own up projections, in float32, and its sums, in
+        float64.
         """
         modules = dict(self.skeleton.named_modules())
         device, host = [0], 0

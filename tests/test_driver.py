@@ -548,8 +548,18 @@ class TestBadInput:
         model.spare = nn.ModuleList([nn.Linear(8, 8).double() for _ in range(2)])
         raw = random_adapters(model, ["spare.1"], RANKS)
         data = {t: [{"x": torch.randn(2, 8, dtype=torch.float64)}] for t in RANKS}
-        with pytest.raises(MergeError, match=r"no target module ran in the forward pass \(targets: spare.1"):
-            optimise(model, canonical_adapters(raw), data, NSCParameters(steps=1))
+        adapters = canonical_adapters(raw)
+        with pytest.raises(MergeError, match=r"task 'one': a batch reaches none of .* \(spare.1\); widen"):
+            optimise(model, adapters, data, NSCParameters(steps=1))
+        # Those of the other tasks run.
+        more = canonical_adapters(random_adapters(model, MLP_MODULES, RANKS))
+        adapters = {t: own if t == "two" else more[t] for t, own in adapters.items()}
+        every = NSCParameters(steps=1, scope={"layers": "all"})
+        for batching in ("always", "never"):
+            with pytest.raises(
+                MergeError, match=r"task 'two': a batch reaches none of .* \(spare.1\); widen"
+            ):
+                optimise(model, adapters, data, every.model_copy(update={"batching": batching}))
 
 
 def test_any_model_with_keyword_inputs():

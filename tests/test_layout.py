@@ -29,7 +29,7 @@ FLOORS = {
         "checkpoint",
         "coefficients",
         "dense",
-        "inputs",
+        "decoder_inputs",
         "interference",
         "layers",
         "loss",

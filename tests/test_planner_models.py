@@ -101,7 +101,7 @@ def updates_of(name, model, blind):
 
 
 def measured(name, rows, objective, recompute, blind):
-    """Bytes at the peak of one pass on real tensors, and those at the start of its backward pass."""
+    """Bytes at the peak of one pass on real tensors."""
     model, driver = build(name), None
     updates, batch = updates_of(name, model, blind), real(name, rows)
     if objective == "states":
@@ -303,6 +303,33 @@ def test_shapes_that_depend_on_values_are_refused(monkeypatch):
     skeleton, ranks, targets, more = planned_for("qwen", "ratio", True)
     with pytest.raises(MergeError, match="Qwen2VLForConditionalGeneration, whose shapes depend on values"):
         FakeMerge(skeleton, ranks, targets, **more).run(2, 20)
+
+
+@pytest.mark.parametrize("layer", [4, [1, 5]])
+def test_states_that_are_selected_by_number_are_refused(monkeypatch, layer):
+    """A block stands for all of its kind, so that there are fewer."""
+    name, config, *more = MODELS["llava"]
+    monkeypatch.setitem(MODELS, "llava", (name, {**config, "vision_feature_layer": layer}, *more))
+    skeleton, ranks, targets, options = planned_for("llava", "states", False)
+    with pytest.raises(
+        MergeError, match="LlavaForConditionalGeneration, which selects states of blocks by number"
+    ):
+        FakeMerge(skeleton, ranks, targets, **options).run(2, 40)
+    # A tower that nobody adapts is whole.
+    skeleton, ranks, targets, options = planned_for("llava", "states", True)
+    assert FakeMerge(skeleton, ranks, targets, **options).run(2, 40).peak
+
+
+def test_counts_do_not_depend_on_those_before():
+    skeleton, ranks, targets, more = planned_for("llava", "ratio", False)
+    fresh = FakeMerge(skeleton, ranks, targets, **more).run(3, 40, "always")
+    skeleton, ranks, targets, more = planned_for("llava", "ratio", False)
+    used = FakeMerge(skeleton, ranks, targets, **more)
+    used.run(1, 60, masked=False)
+    base = used.base_flops(2, 40)
+    used.run(3, 40, "feed_forward")
+    assert used.run(3, 40, "always") == fresh
+    assert used.base_flops(2, 40) == base and used.run(3, 40, "always") == fresh
 
 
 def test_other_inputs_than_the_data_give_are_named(tmp_path, recipe, monkeypatch):

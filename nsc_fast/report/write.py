@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from ..errors import MergeError
@@ -46,15 +46,10 @@ def write_report(out: str | os.PathLike[str]) -> list[Path]:
 
 def _replace(path: Path, content: str) -> None:
     """The file is the old one or the new one at any time."""
-    # As open() would create it: temporary files are for the owner only.
-    mask = os.umask(0)
-    os.umask(mask)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
+        temporary.write_text(content, encoding="utf-8", newline="\n")
+        temporary.replace(path)
     except BaseException:
-        os.unlink(name)
+        temporary.unlink(missing_ok=True)
         raise

@@ -20,9 +20,9 @@ from nsc_fast import merge_adapters
 from nsc_fast.adapters import AdapterError, read_adapter
 from nsc_fast.batches import join
 from nsc_fast.batches import token_batch as one_task
+from nsc_fast.decoder_inputs import completed
 from nsc_fast.driver import target_modules
 from nsc_fast.errors import MergeError
-from nsc_fast.inputs import completed
 from nsc_fast.loading import load_base
 from nsc_fast.monitor import TokenBatch
 from nsc_fast.parameters import NSCParameters

@@ -285,7 +285,7 @@ class TestRecipe:
         }
         vision = [name for name in tasks if "vision" in name]
         content["parameters"] = {"steps": 1, "scope": {"layers": "all", "filter": vision}}
-        with pytest.raises(MergeError, match="no target module ran in the forward pass"):
+        with pytest.raises(MergeError, match="task 'two': a batch reaches none of .* without images"):
             run_recipe(make_recipe(content, where="here"))
 
     def test_images_and_places_are_checked_before_anything_is_loaded(self, shop):

@@ -65,6 +65,13 @@ def test_an_adapter_is_not_overwritten_by_its_merge(workshop, tmp_path, monkeypa
     assert (tmp_path / "mine" / "adapter_model.safetensors").read_bytes() == before
 
 
+def test_a_hub_id_is_no_path_in_the_output(workshop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workshop / "a0", "someone")
+    code, output = run(*flags(workshop, "someone/else"), "--out", "someone")
+    assert code == USAGE and "the output someone exists" in output
+
+
 def test_an_output_that_cannot_be_made_is_told_first(workshop, tmp_path, monkeypatch):
     from nsc_fast import merge
 
