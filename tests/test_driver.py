@@ -372,6 +372,14 @@ class TestOptimise:
         assert interrupted and 0 < len(history) < 50
         assert not any(isinstance(m, MergedLinear) for m in job.model.modules())
 
+    @pytest.fixture
+    def foreground(self):
+        """As at a terminal: processes that a shell starts in the background ignore Ctrl-C."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.usefixtures("foreground")
     def test_ctrl_c_in_a_finaliser_is_not_lost_and_the_step_is_finished(self):
         class Last:
             def __del__(self):
@@ -387,6 +395,7 @@ class TestOptimise:
         expected, _, _ = self.run(job, steps=1, learning_rate=0.05)
         assert all(torch.equal(c[m], expected[m]) for m in c)
 
+    @pytest.mark.usefixtures("foreground")
     def test_a_second_ctrl_c_does_not_wait(self):
         job = Job()
         seen = []
