@@ -27,8 +27,8 @@ _BLOCK_BYTES = 64 << 20
 _TILE_ROWS = 128
 _TILE_WORK = 45_000_000
 
-# With fewer rows, the other factor is not worth being laid out anew.
-_LAYOUT_ROWS = 1024
+# With fewer rows than this for each column, the other factor is not worth being laid out anew.
+_LAYOUT_ROWS = 16
 
 # With more entries in the output, the bias is better one more term of the product than a second pass.
 _WIDE_OUTPUT = 1 << 20
@@ -283,7 +283,8 @@ def _contract(x: Tensor, m: Tensor, out: Tensor) -> None:
     """``out = x @ m`` for a product with few columns."""
     x, rows = dense_rows(x), x.shape[0]
     tiles = rows // _TILE_ROWS
-    small = x.numel() * m.shape[1] < _TILE_WORK or (rows < _LAYOUT_ROWS and not m.is_contiguous())
+    columns = m.shape[1]
+    small = x.numel() * columns < _TILE_WORK or (rows < _LAYOUT_ROWS * columns and not m.is_contiguous())
     if x.device.type != "cpu" or small or tiles < 2 or not out.is_contiguous():
         torch.mm(x, m, out=out)
         return
