@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,15 +188,16 @@ def image_ends(batch: Batch) -> list[tuple[int, int]] | None:
     return [(of_images[end], end) for end in ends]
 
 
-def cut(batch: Batch, start: int, stop: int) -> dict[str, Tensor]:
-    """Sequences ``start`` to ``stop`` of a batch that is ``divisible``, with their images."""
-    ends, out = image_ends(batch), {}
-    for key, value in batch.items():
-        first, last = start, stop
-        if ends is not None and key in (GRIDS, PATCHES):
-            first, last = (ends[row][key == PATCHES] for row in (start, min(stop, rows(batch))))
-        out[key] = value[first:last]
-    return out
+def cut(batch: Batch, bounds: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Sequences between each two of the ascending ``bounds``, with their images; of a ``divisible`` batch."""
+    ends = image_ends(batch)
+    places = dict.fromkeys(batch, bounds)
+    if ends is not None:
+        places[GRIDS], places[PATCHES] = zip(*(ends[row] for row in bounds), strict=True)
+    return [
+        {key: value[places[key][i] : places[key][i + 1]] for key, value in batch.items()}
+        for i in range(len(bounds) - 1)
+    ]
 
 
 def token_batch(batch: Batch, task: int, device: torch.device) -> TokenBatch:

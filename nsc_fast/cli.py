@@ -52,11 +52,8 @@ def _errors() -> Iterator[None]:
         yield
     except RecipeError as error:
         _fail(str(error), USAGE)
-    except (MergeError, ValueError) as error:
-        # AdapterError is a ValueError.
-        _fail(str(error), REFUSED)
-    except OSError as error:
-        # No space, no right to write, a file in place of a folder.
+    except (MergeError, ValueError, OSError) as error:
+        # AdapterError is a ValueError. OSError: no space, no right to write, a file in place of a folder.
         _fail(str(error), REFUSED)
 
 

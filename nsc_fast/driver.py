@@ -111,8 +111,7 @@ class Driver:
     def prepare(self, batches: Mapping[str, Batch]) -> None:
         """Decides by the batches of all tasks whether they are packed; :meth:`part` knows some of them."""
         if self._passes.packed is None:
-            device = next(self.installation.coefficients.parameters()).device
-            self._passes(batches, self.installation.monitor.tasks, device)
+            self._divided(batches)
 
     def part(
         self, batches: Mapping[str, Batch], wholes: Mapping[str, Whole] | None = None
@@ -125,10 +124,9 @@ class Driver:
                 those of the whole batches.
         """
         monitor = self.installation.monitor
-        device = next(self.installation.coefficients.parameters()).device
         total, ratios = 0.0, {}
         try:
-            passes = self._passes(batches, monitor.tasks, device, wholes) if batches else []
+            passes = self._divided(batches, wholes) if batches else []
             if self.in_step is not None:
                 passes = self.in_step(passes, self._idle)
             for inputs, tokens in passes:
@@ -148,6 +146,10 @@ class Driver:
             preferences = zip(monitor.tasks, monitor.preferences, strict=True)
             total = sum(pi * ratios.get(t, 0.0) for t, pi in preferences)
         return total, ratios
+
+    def _divided(self, batches: Mapping[str, Batch], wholes: Mapping[str, Whole] | None = None) -> list[Pass]:
+        device = next(self.installation.coefficients.parameters()).device
+        return self._passes(batches, self.installation.monitor.tasks, device, wholes)
 
     def _idle(self, one: Pass) -> Pass:
         return counted_for_nothing(one, len(self.installation.monitor.tasks))

@@ -116,7 +116,7 @@ def parts(batch: Batch, micro_batch: int | None) -> list[dict[str, Tensor]]:
             f"micro_batch={micro_batch} divides batches of token ids or images, and it is not known which "
             f"part of {key!r} belongs to which sequence; leave micro_batch out and give smaller batches"
         )
-    return [cut(batch, start, start + micro_batch) for start in range(0, count, micro_batch)]
+    return cut(batch, [*range(0, count, micro_batch), count])
 
 
 def divisible(batch: Batch) -> bool:

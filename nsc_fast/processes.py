@@ -288,7 +288,7 @@ def share(
         own = [i for i, middle in enumerate(middles) if min(int(middle), size - 1) == rank]
         position += counts[task] * costs[task]
         if own and divide:
-            mine[task] = cut(batch, own[0], own[-1] + 1)
+            (mine[task],) = cut(batch, [own[0], own[-1] + 1])
         elif own:
             mine[task] = batch
     return mine, {task: whole_of(batches[task]) for task in mine} if divide else None

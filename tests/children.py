@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import traceback
@@ -49,6 +50,13 @@ def launch(work, folder, *, size=2, timeout=150):
     errors = [file.read_text() if file.exists() else "" for file in files]
     assert not late, f"processes {late} have not ended: {errors}"
     return [child.exitcode for child in children], errors
+
+
+def results_of_two(work, folder):
+    """What ``work(folder)`` has left in ``result0`` and ``result1``, in two processes that end well."""
+    codes, errors = launch(work, folder)
+    assert codes == [0, 0], errors
+    return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(2)]
 
 
 def _told(work, folder, rank):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from children import launch
+from children import launch, results_of_two
 from tiny import MLP_MODULES, Mlp, canonical_adapters, random_adapters, token_batch
 from torch import nn
 
@@ -177,10 +177,7 @@ def work_stuck(folder):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Every case in two processes, as both of them saw it."""
-    folder = tmp_path_factory.mktemp("pairs")
-    codes, errors = launch(work_cases, folder)
-    assert codes == [0, 0], errors
-    return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(2)]
+    return results_of_two(work_cases, tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from children import launch
+from children import results_of_two
 from tiny import canonical_adapters, random_adapters, token_batch
 from torch import nn
 
@@ -165,10 +165,7 @@ def work(folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of the two processes has found."""
-    folder = tmp_path_factory.mktemp("sharded")
-    codes, errors = launch(work, folder)
-    assert codes == [0, 0], errors
-    return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(2)]
+    return results_of_two(work, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("case", list(CASES))
