@@ -31,8 +31,8 @@ from .factors import LowRankUpdate
 from .layers import Installation, features, install, remove, stack_adapters
 from .memory import LiveBytes, Recompute, blocks_of, checkpointed
 from .monitor import TokenBatch
-from .objectives.anchored import states
 from .objectives.least_squares import Projections
+from .objectives.states import states
 from .row_inputs import RowInputs
 from .shortened import Growth, fill, shorten
 from .siblings import share

@@ -10,6 +10,7 @@ from functools import cached_property
 from .errors import MergeError
 from .footprint import FakeMerge, Footprint, Objective
 from .memory import Recompute, readable_bytes
+from .objectives.waypoints import DIRECTIONS
 from .recipe import Recipe
 from .workload import Workload, workload
 
@@ -106,6 +107,8 @@ class _Costs:
         self._lengths = [*sorted(halved), *(n for n in doubled if n < limit), limit]
         width, entries = self._fake.state_shape(work.length) if work.anchors else (0, 0)
         self.states = width, len(work.ranks) * work.anchors * entries
+        # Of a row, in float32.
+        self.way = 4 * work.waypoints * min(DIRECTIONS, 2 * width) * entries // max(width, 1)
         self._runs: dict[tuple[int, int, Recompute], Footprint] = {}
         self._base: dict[int, int] = {}
 
@@ -209,6 +212,7 @@ class Plan:
         canonical = (16 + 8 * self.work.merges) * self._costs.factors
         kept = self.work.adapter_bytes + self.work.data_bytes
         kept += self._costs.states[1] * self._costs.state_bytes
+        kept += len(self.work.ranks) * self.work.anchors * self._costs.way
         if self.work.merges:
             # Methods that finish merges beside their own work take them from second moments.
             kept += self._costs.moments[1]
@@ -232,6 +236,8 @@ class Plan:
 
     def _active(self, choice: Choice, rows: int, length: int) -> tuple[float, float]:
         peak = self._costs.of("peak", choice.recompute, rows, length)
+        # Until the backward pass, each token's distances to its anchor on the way.
+        peak += rows * self._costs.way * (length / self.work.length if self.work.length else 1)
         if not choice.offload:
             return peak, 0.0
         inputs = self._costs.of("inputs", choice.recompute, rows, length)

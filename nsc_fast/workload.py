@@ -22,6 +22,7 @@ from .errors import MergeError
 from .footprint import Objective
 from .layers import features
 from .loading import base_skeleton
+from .objectives.waypoints import candidates
 from .quantised import quantised_by
 from .recipe import BaseSpec, Recipe
 from .row_inputs import RowInputs, row_inputs
@@ -38,18 +39,20 @@ class Use:
         objective: of its passes.
         granularity: of what is optimised. Default: as its parameters say.
         merges: finished merges that are there at once.
+        waypoints: the parameter that says whether states between the blocks are compared.
     """
 
     objective: Objective
     granularity: Granularity | None = None
     merges: int = 0
+    waypoints: str = ""
 
 
 PLANNED: dict[str, Use] = {
     "nsc": Use("ratio"),
-    "anchored": Use("states"),
+    "anchored": Use("states", waypoints="waypoints"),
     # It fits cores. Of those with data and of those without the nearest is kept, beside the next candidate.
-    "auto": Use("states", "core", merges=3),
+    "auto": Use("states", "core", merges=3, waypoints="anchored_waypoints"),
     "closed_form": Use("moments", merges=1),
 }
 """Methods whose memory is planned."""
@@ -72,6 +75,7 @@ class Workload:
         inputs: of a row; where tasks differ, of the largest.
         alike: whether the rows of all tasks hold the same, so that their batches can go through together.
         anchors: rows of every task whose last states stay in the host's memory.
+        waypoints: blocks whose states are compared, too.
         merges: finished merges that are there at once.
         data_bytes: of all batches, in the host's memory.
     """
@@ -88,6 +92,7 @@ class Workload:
     inputs: RowInputs = RowInputs()
     alike: bool = True
     anchors: int = 0
+    waypoints: int = 0
     merges: int = 0
     data_bytes: int = 0
 
@@ -201,9 +206,16 @@ def workload(recipe: Recipe) -> Workload:
         inputs=max(found, key=lambda one: (one.bytes_of_images, len(one.tokens))),
         alike=all(one == found[0] for one in found),
         anchors=parameters.rows if use.objective == "states" else 0,
+        waypoints=_waypoints(skeleton, modules) if getattr(parameters, use.waypoints, False) else 0,
         merges=use.merges,
         data_bytes=data_bytes,
     )
+
+
+def _waypoints(skeleton: nn.Module, modules: Sequence[str]) -> int:
+    """Blocks below the last one; of several stacks, in the deepest."""
+    stacks = Counter(name.rpartition(".")[0] for name in candidates(skeleton, modules))
+    return max(stacks.values(), default=1) - 1
 
 
 def _weight_bytes(base: BaseSpec, skeleton: nn.Module, dtype: torch.dtype) -> int:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from nsc_fast.layers import install
 from nsc_fast.memory import LiveBytes, checkpointed
 from nsc_fast.monitor import TokenBatch
 from nsc_fast.objectives.anchored import AnchoredObjective, anchors
+from nsc_fast.objectives.waypoints import DIRECTIONS
 from nsc_fast.ops import merged_linear, torch_steps
 from nsc_fast.planner import RESERVE, Choice, Plan
 from nsc_fast.recipe import make_recipe
@@ -115,6 +117,35 @@ def test_counts_of_anchored_merging_are_those_on_real_tensors(recompute, masked)
     ranks = {f"t{k}": dict.fromkeys(names, RANK) for k in range(TASKS)}
     found = FakeMerge(skeleton, ranks, (), "core", objective="states").run(3, 40, recompute, masked=masked)
     assert found.peak == pytest.approx(live.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", ["never", "always"])
+def test_waypoints_are_in_the_plan(recompute):
+    """On the device what their distances keep, in the host's memory what the anchors do."""
+    model = small_llama()
+    names = names_of(model)
+    updates = canonical_adapters(random_adapters(model, names, {f"t{k}": RANK for k in range(TASKS)}))
+    batch = token_batch(3, 64, seed=0, padding=1)
+    fixed = anchors(model, {"t0": updates["t0"]}, {"t0": [batch]}, waypoints=True)
+    installation = install(model, updates, granularity="core")
+    objective = AnchoredObjective(model, installation, fixed)
+    step = {"t0": fixed["t0"].batches[0]}
+    objective.losses(step)
+    held = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters()]
+    held += [p.grad for p in installation.coefficients.parameters()]
+    held += [*batch.values(), step["t0"].states, step["t0"].keep, *fixed["t0"].metrics]
+    held += [*fixed["t0"].directions.values(), *step["t0"].way.values()]
+    with checkpointed(model, installation.modules, recompute), LiveBytes().ignore(held) as live:
+        objective.losses(step)
+    with_them, without = (
+        Plan(replace(small_work(), granularity="core", objective="states", anchors=256, waypoints=n), 10**12)
+        for n in (len(fixed["t0"].directions), 0)
+    )
+    need = with_them.need(Choice(recompute, False, 3, False))
+    assert need.device - with_them.fixed == pytest.approx(live.peak, rel=0.1)
+    host = need.host - without.need(Choice(recompute, False, 3, False)).host
+    each = sum(w.numel() * w.element_size() for w in step["t0"].way.values()) / len(step["t0"].states)
+    assert host == pytest.approx(TASKS * 256 * 64 * each, rel=0.05)
 
 
 @pytest.mark.parametrize("recompute", ["never", "always"])
@@ -290,8 +321,12 @@ def test_methods_that_compare_states_are_planned(tmp_path, recipe, method, merge
     work = workload(make_recipe({**recipe, "merge_method": method}, where="test"))
     assert (work.targets, work.granularity, work.anchors, work.merges) == ((), "core", 256, merges)
     assert work.core_numbers == len(work.ranks["t0"]) * 4**2
-    # States of 256 rows of 32 tokens, token ids and masks of as many, and what 'auto' finds in closed form.
-    more = 2 * 256 * 32 * (work.skeleton.config.hidden_size * 4 + 2 * 8) + bool(merges) * work.moments[1]
+    config = work.skeleton.config
+    assert work.waypoints == config.num_hidden_layers - 1
+    # States of 256 rows of 32 tokens, the last ones and on the way, token ids and masks of as many, and what
+    # 'auto' finds in closed form.
+    states = 4 * (config.hidden_size + work.waypoints * min(DIRECTIONS, 2 * config.hidden_size))
+    more = 2 * 256 * 32 * (states + 2 * 8) + bool(merges) * work.moments[1]
     plan = Plan(work, 24 * 10**9)
     assert plan.need(Choice(), 32).host == pytest.approx(
         work.adapter_bytes + max(work.weight_bytes, (16 + 8 * merges) * work.factor_numbers) + more

@@ -32,6 +32,8 @@ class Parameters(Descent, Memory):
         granularity: "core", an R x R matrix a module between the stacked factors, or merge coefficients per
             "task", "layer" (block), "module" or "rank".
         rows: unlabeled rows of every task; the states of all of them stay in memory.
+        waypoints: whether the states between the blocks are compared, too, and not only the last ones
+            (:mod:`nsc_fast.objectives.waypoints`).
         init: merge coefficient at the start, for tasks without a weight.
         signal_rows: rows of every task on which the null-space signal is measured (``nsc_fast.signal``), for
             the report alone; 0 for no measurement.
@@ -41,6 +43,7 @@ class Parameters(Descent, Memory):
     rows: int = Field(256, ge=1)
     steps: int = Field(200, ge=1)
     learning_rate: float = Field(5e-3, gt=0)
+    waypoints: bool = True
     init: float = 0.4
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     signal_rows: int = Field(32, ge=0)
@@ -51,7 +54,13 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
     check_data(inputs.updates, inputs.data)
     modules_of(inputs)
     batches, inputs = sampled(inputs, parameters.rows)
-    fixed = anchors(inputs.model, inputs.updates, batches, micro_batch=parameters.micro_batch)
+    fixed = anchors(
+        inputs.model,
+        inputs.updates,
+        batches,
+        micro_batch=parameters.micro_batch,
+        waypoints=parameters.waypoints,
+    )
     result = fit(inputs, fixed, parameters)
     return with_signal(inputs, result, parameters.init, parameters.signal_rows, parameters.micro_batch)
 

@@ -38,6 +38,7 @@ class Parameters(Memory):
         closed_form_scales: of the closed form; empty to leave it out.
         anchored_steps: of anchored merging, which starts from the best of ``scales``; 0 to leave it out.
         anchored_rate: its learning rate.
+        anchored_waypoints: whether it compares the states between the blocks, too.
         margin: a fitted merge may be chosen where its value is at most so many times the lowest value of a
             merge that needs no data.
         signal_rows: rows of every task on which the null-space signal is measured (``nsc_fast.signal``), for
@@ -50,6 +51,7 @@ class Parameters(Memory):
     closed_form_scales: tuple[float, ...] = (1.0, 1.3, 1.6)
     anchored_steps: int = Field(200, ge=0)
     anchored_rate: float = Field(5e-3, gt=0)
+    anchored_waypoints: bool = True
     margin: float = Field(0.8, ge=0)
     signal_rows: int = Field(32, ge=0)
 
@@ -105,17 +107,21 @@ def run(inputs: MergeInputs, parameters: Parameters) -> MergeResult:
             judge.add(
                 f"closed_form {scale:g}", lambda c=chosen: closed_form.solve(inputs, moments, c), fitted=True
             )
+    anchoring = 0
     if parameters.anchored_steps:
         chosen = anchored.Parameters(
             rows=parameters.rows,
             steps=parameters.anchored_steps,
             learning_rate=parameters.anchored_rate,
+            waypoints=parameters.anchored_waypoints,
             init=scales[start],
             **{name: getattr(parameters, name) for name in Memory.model_fields},
         )
-        fixed = anchors(inputs.model, inputs.updates, fitted, micro_batch=micro)
+        fixed = anchors(inputs.model, inputs.updates, fitted, micro_batch=micro, waypoints=chosen.waypoints)
         judge.add(f"anchored from {start}", lambda: anchored.fit(inputs, fixed, chosen), fitted=True)
-    result = _finished(parameters, judge, _cost(parameters, judge, fitted))
+        # Anchors, and the base model and each adapter over the rows that show the directions on the way.
+        anchoring = 2 * sum(own.rows + own.sampled for own in fixed.values())
+    result = _finished(parameters, judge, _cost(parameters, judge, fitted, anchoring))
     return with_signal(inputs, result, scales[start], parameters.signal_rows, micro)
 
 
@@ -172,18 +178,16 @@ def _value(one: _Judged) -> float:
     return one.score.value if math.isfinite(one.score.value) else math.inf
 
 
-def _cost(parameters: Parameters, judge: _Judge, fitted: Mapping[str, Sequence[Batch]]) -> str:
-    """What was run, in rows of all tasks together."""
+def _cost(
+    parameters: Parameters, judge: _Judge, fitted: Mapping[str, Sequence[Batch]], anchoring: int
+) -> str:
+    """What was run, in rows of all tasks together; ``anchoring``: for the anchors of the fitted rows."""
     kept = sum(own.rows for own in judge.fixed.values())
-    rest = sum(rows(batch) for own in fitted.values() for batch in own)
     # Base model and adapter alone on the held-out rows, then each candidate.
-    forward = (2 + len(judge.judged)) * kept
+    forward = (2 + len(judge.judged)) * kept + anchoring
     if parameters.closed_form_scales:
-        forward += rest
-    told = ""
-    if parameters.anchored_steps:
-        forward += 2 * rest
-        told = f", and {judge.steps} optimisation steps"
+        forward += sum(rows(batch) for own in fitted.values() for batch in own)
+    told = f", and {judge.steps} optimisation steps" if parameters.anchored_steps else ""
     return f"{forward} rows forward{told}"
 
 

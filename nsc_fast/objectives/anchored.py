@@ -13,7 +13,8 @@ known here, but the adapter was trained against it, and where the adapter moves 
     W = S^1/2 / tr S^1/2 + I / (10 d),        S = E[(h* - h0)(h* - h0)^T].
 
 No label, no head and no ratio is involved, and a lower distance cannot be had by anything but agreeing with
-the adapter.
+the adapter. What is optimised is, on request, half this distance and half that of the waypoints, see
+:mod:`nsc_fast.objectives.waypoints`.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch, rows, token_batch
-from ..driver import backbone, forward_options
 from ..errors import MergeError
 from ..factors import LowRankUpdate
-from ..layers import Installation, model_device
-from ..monitor import TokenBatch
+from ..layers import Installation
 from ..packing import parts, passes
 from ..sharding import InStep, Pass
 from ..siblings import Siblings, share
-from .running import adapted, evaluating, on_device
+from .running import adapted, evaluating, on_device, watched
+from .states import StatesRunner, kept
+from .waypoints import FLOOR, Passing, candidates, directions, leaving, project
 
-__all__ = ["Anchor", "AnchoredObjective", "Anchors", "anchors", "states"]
+__all__ = ["Anchor", "AnchoredObjective", "Anchors", "anchors"]
 
-# Share of W that is the same in all directions: what the adapter hardly moves must stay where it is.
-_FLOOR = 0.1
+# Tokens of a task from which the directions of its waypoints are taken.
+_SAMPLE = 2048
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ class Anchor:
         states: ``(N, d)`` on the CPU, tokens without padding, in the model's dtype.
         keep: ``(B, S)`` bool, which tokens those are; ``(B,)`` where a sequence has one state.
         whole: of a part of a batch: tokens and sequences of the batch.
+        way: block -> ``(N, m)`` on the CPU, its states in the directions of the waypoints.
     """
 
     inputs: Mapping[str, Tensor]
     states: Tensor
     keep: Tensor
     whole: tuple[int, int] | None = None
+    way: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -74,8 +77,17 @@ class Anchor:
         if len(pieces) == 1:
             return [self]
         keeps = self.keep.split(micro_batch)
-        own = self.states.split([int(keep.sum()) for keep in keeps])
-        return [Anchor(*one, self.counts) for one in zip(pieces, own, keeps, strict=True)]
+        sizes = [int(keep.sum()) for keep in keeps]
+        own = self.states.split(sizes)
+        ways = {name: way.split(sizes) for name, way in self.way.items()}
+        return [
+            Anchor(*one, self.counts, {name: way[i] for name, way in ways.items()})
+            for i, one in enumerate(zip(pieces, own, keeps, strict=True))
+        ]
+
+    def tokens(self, found: Tensor) -> Tensor:
+        """``(N, d)``, the states without padding; ``found (B, ..., d)``."""
+        return found.reshape(*self.keep.shape, -1)[self.keep.to(found.device)]
 
     def views(self, found: Tensor) -> list[Tensor]:
         """Differences to the anchor: ``(N, d)`` of tokens and, where there are several, ``(B, d)`` of means.
@@ -85,7 +97,7 @@ class Anchor:
         """
         wide = torch.float64 if found.dtype == torch.float64 else torch.float32
         keep = self.keep.to(found.device)
-        off = found.reshape(*keep.shape, -1)[keep].to(wide) - self.states.to(found.device, wide)
+        off = self.tokens(found).to(wide) - self.states.to(found.device, wide)
         if keep.ndim == 1:
             return [off]
         # A product, so that the order of the sums is fixed on every device.
@@ -104,11 +116,15 @@ class Anchors:
         task: its name.
         batches: anchors of the fitted rows.
         metrics: W of every view, ``(d, d)`` on the CPU, scaled so that the base model has distance 1.
+        directions: block -> F ``(d, m)`` on the CPU, scaled alike; empty without waypoints.
+        sampled: rows that the directions were taken from.
     """
 
     task: str
     batches: tuple[Anchor, ...]
     metrics: tuple[Tensor, ...]
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
+    sampled: int = 0
 
     @property
     def rows(self) -> int:
@@ -121,39 +137,15 @@ class Anchors:
         return [((off @ w.to(off)) * off).sum(1) for off, w in zip(views, self.metrics, strict=True)]
 
     def distance(self, anchor: Anchor, found: Tensor) -> Tensor:
-        """Mean distance on one batch, or what a part of it has in that mean."""
+        """Mean distance of the last states on one batch, or what a part of it has in that mean."""
         views = self.of_views(anchor, found)
         return sum(view.sum() / count for view, count in zip(views, anchor.counts, strict=False)) / len(views)
 
-
-def states(output: Any) -> Tensor:
-    """The last states in what a model returns: of a pair of encoders both embeddings, side by side.
-
-    Raises:
-        MergeError: there is no tensor in it, or not as many images as texts.
-    """
-    found = getattr(output, "last_hidden_state", None)
-    if found is None:
-        found = output[0] if isinstance(output, tuple | list) and output else output
-    if found is None or not isinstance(found, Tensor):
-        found = getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        found = _embeddings(output)
-    if not isinstance(found, Tensor):
-        raise MergeError(f"the model returns a {type(output).__name__} without states to compare")
-    return found
-
-
-def _embeddings(output: Any) -> Tensor | None:
-    """``(B, 2 d)`` where images and texts are embedded (CLIP)."""
-    both = [getattr(output, key, None) for key in ("image_embeds", "text_embeds")]
-    found = [embedded for embedded in both if isinstance(embedded, Tensor)]
-    if len({len(embedded) for embedded in found}) > 1:
-        raise MergeError(
-            f"a batch has {len(both[0])} images and {len(both[1])} texts; give batches of pairs to compare "
-            "both embeddings"
-        )
-    return torch.cat(found, -1) if found else None
+    def way(self, anchor: Anchor, block: str, found: Tensor) -> Tensor:
+        """What a block with directions has in the mean distance of the waypoints; ``found (B, ..., d)``."""
+        got = project(anchor.tokens(found), self.directions[block])
+        off = got - anchor.way[block].to(got)
+        return off.square().sum() / (anchor.counts[0] * len(self.directions))
 
 
 def anchors(
@@ -162,27 +154,79 @@ def anchors(
     batches: Mapping[str, Sequence[Batch]],
     *,
     micro_batch: int | None = None,
+    waypoints: bool = False,
 ) -> dict[str, Anchors]:
     """Two forward passes over every task's rows: the base model, and the task's adapter alone.
 
-    The states of all rows stay in memory: ``tokens x width`` numbers a task.
+    The states of all rows stay in memory: ``tokens x width`` numbers a task. Waypoints take two passes more
+    over some of the rows, and ``tokens x blocks x DIRECTIONS`` numbers.
 
     Args:
         micro_batch: sequences in one pass at most.
+        waypoints: whether what leaves the blocks is compared, too.
 
     Raises:
         MergeError: an adapter that changes nothing on its own rows, or states that are not finite.
     """
     out = {}
+    modules = tuple(dict.fromkeys(m for own in updates.values() for m in own))
+    runner = StatesRunner(model, modules, micro_batch)
+    blocks = candidates(model, modules) if waypoints else ()
     for task, own in updates.items():
-        runner = StatesRunner(model, tuple(own), micro_batch)
         with evaluating(model):
+            ways, sampled = _directions(runner, own, batches[task], task, blocks) if blocks else ({}, 0)
             with adapted(model, own):
-                there = [runner.anchor(batch, task) for batch in batches[task]]
+                there = [_anchor(runner, batch, task, ways) for batch in batches[task]]
             moved = [anchor.views(runner.states(anchor.inputs).cpu()) for anchor in there]
         metrics = tuple(_metric(task, torch.cat(view)) for view in zip(*moved, strict=True))
-        out[task] = Anchors(task, tuple(there), metrics)
+        out[task] = Anchors(task, tuple(there), metrics, ways, sampled)
     return out
+
+
+def _anchor(
+    runner: StatesRunner, inputs: Mapping[str, Tensor], task: str, ways: Mapping[str, Tensor]
+) -> Anchor:
+    """What the model gives as it stands now; ``ways``: block -> directions."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in ways}
+
+    def see(block: str, _: Any, output: Any) -> None:
+        seen[block].append(project(leaving(output).flatten(0, -2), ways[block]).cpu())
+
+    with watched(runner.model, ways, see):
+        found = runner.states(inputs)
+    keep = kept(token_batch(inputs, 0, torch.device("cpu")), found, task)
+    way = {name: torch.cat(own)[keep.flatten()] for name, own in seen.items()}
+    return Anchor(inputs, found.reshape(*keep.shape, -1).cpu()[keep], keep, way=way)
+
+
+def _directions(
+    runner: StatesRunner,
+    own: Mapping[str, LowRankUpdate],
+    batches: Sequence[Batch],
+    task: str,
+    blocks: Sequence[str],
+) -> tuple[dict[str, Tensor], int]:
+    """Of one task's waypoints, from some of its rows, and how many these are."""
+    moved: dict[str, list[Tensor]] = {}
+    count = sampled = 0
+    # Rows may come sorted.
+    for i in torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist():
+        for part in runner.parts(batches[i]):
+            base, there = Passing(), Passing()
+            with watched(runner.model, blocks, base.see):
+                last = runner.run(part)
+            with adapted(runner.model, own), watched(runner.model, blocks, there.see):
+                runner.run(part)
+            keep = kept(token_batch(part, 0, last.device), last, task)
+            before = base.below(last)
+            for name, states in there.below(last).items():
+                shift = (states.float() - before[name].float()).reshape(*keep.shape, -1)
+                moved.setdefault(name, []).append(shift[keep])
+            count += int(keep.sum())
+        sampled += rows(batches[i])
+        if count >= _SAMPLE:
+            break
+    return directions({name: torch.cat(shifts) for name, shifts in moved.items()}), sampled
 
 
 def _metric(task: str, moved: Tensor) -> Tensor:
@@ -199,49 +243,9 @@ def _metric(task: str, moved: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(second)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     metric = root / root.diagonal().sum()
-    metric.diagonal().add_(_FLOOR / d)
+    metric.diagonal().add_(FLOOR / d)
     # E[D^T W D] = tr(W S).
     return (metric / (metric * second).sum()).to(moved.dtype)
-
-
-class StatesRunner:
-    """Runs a model up to its head and returns the states, ``micro_batch`` sequences at a time."""
-
-    def __init__(self, model: nn.Module, modules: Sequence[str], micro_batch: int | None = None) -> None:
-        self.runner = backbone(model, modules)
-        self.options = forward_options(self.runner)
-        self.device = model_device(model)
-        self._micro_batch = micro_batch
-
-    def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """``(B, ..., d)``."""
-        pieces = [self.run(on_device(part, self.device)) for part in parts(inputs, self._micro_batch)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """``(B, ..., d)`` of one pass; the inputs are on the device."""
-        return states(self.runner(**inputs, **self.options))
-
-    def anchor(self, inputs: Mapping[str, Tensor], task: str) -> Anchor:
-        """What the model gives as it stands now."""
-        found = self.states(inputs)
-        keep = _kept(token_batch(inputs, 0, torch.device("cpu")), found, task)
-        return Anchor(inputs, found.reshape(*keep.shape, -1).cpu()[keep], keep)
-
-
-def _kept(tokens: TokenBatch, found: Tensor, task: str) -> Tensor:
-    # Where there is a decoder, the states are those of its tokens.
-    name = "decoder.states" if tokens.decoder else "states"
-    try:
-        _, weight = tokens.tokens(found.shape[:-1], name)
-    except ValueError:
-        raise MergeError(
-            f"task {task!r}: the model's states have shape {tuple(found.shape)}, which does not fit the batch"
-        ) from None
-    kept = (weight > 0).cpu()
-    if found.ndim < 3 or kept.numel() % found.shape[0]:
-        return kept
-    return kept.reshape(found.shape[0], -1)
 
 
 @dataclass
@@ -266,6 +270,7 @@ class AnchoredObjective:
     in_step: InStep | None = None
     finished: bool = False
     _share: dict[str, float] = field(init=False)
+    _waypoints: tuple[str, ...] = field(init=False)
     _siblings: list[Siblings] = field(default_factory=list)
     _seen: set[frozenset[str]] = field(default_factory=set)
 
@@ -273,6 +278,7 @@ class AnchoredObjective:
         self._runner = StatesRunner(self.model, self.installation.modules)
         weight = {t: 1.0 if self.preferences is None else self.preferences[t] for t in self.tasks}
         self._share = {task: w / sum(weight.values()) for task, w in weight.items()}
+        self._waypoints = tuple(dict.fromkeys(b for own in self.tasks.values() for b in own.directions))
 
     def losses(self, batches: Mapping[str, Anchor]) -> tuple[float, dict[str, float]]:
         """Forward and backward for one batch of every task; gradients add up in the coefficients.
@@ -314,13 +320,24 @@ class AnchoredObjective:
         distances: dict[str, float],
     ) -> None:
         self._look(inputs)
-        found = self._runner.run(inputs)
+        way: dict[str, Tensor] = {}
+
+        def see(block: str, _: Any, output: Any) -> None:
+            for task, (anchor, place) in own.items():
+                if block in self.tasks[task].directions:
+                    part = self.tasks[task].way(anchor, block, _rows(leaving(output), place, anchor))
+                    way[task] = part + way[task].to(part) if task in way else part
+
+        with watched(self.model, self._waypoints if own else (), see):
+            found = self._runner.run(inputs)
         if own is None:
             found.backward(torch.zeros_like(found))
             return
         loss = 0.0
         for task, (anchor, place) in own.items():
             distance = self.tasks[task].distance(anchor, _rows(found, place, anchor))
+            if task in way:
+                distance = (distance + way[task].to(distance)) / 2
             value = float(distance.detach())
             if not math.isfinite(value):
                 raise MergeError(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..batches import rows
 from ..factors import LowRankUpdate
-from .anchored import Anchors, StatesRunner
+from .anchored import Anchors
 from .running import adapted, evaluating
+from .states import StatesRunner
 
 __all__ = ["Score", "held_out", "score"]
 

@@ -10,10 +10,11 @@ from architecture_rows import ROWS, text
 from nsc_fast import methods, read_adapter
 from nsc_fast.errors import MergeError
 from nsc_fast.methods import MergeInputs, anchored, auto, closed_form
-from nsc_fast.objectives.anchored import anchors, states
+from nsc_fast.objectives.anchored import anchors
 from nsc_fast.objectives.least_squares import second_moments
 from nsc_fast.objectives.running import adapted, evaluating, watched
 from nsc_fast.objectives.score import score
+from nsc_fast.objectives.states import states
 from nsc_fast.targets import tokens_of
 
 
@@ -97,3 +98,20 @@ def test_a_pair_of_encoders_needs_pairs():
         states(both)
     both.text_embeds = torch.zeros(2, 3)
     assert states(both).tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [("t5", "decoder.block"), ("llama", "model.layers"), ("llava", "model.language_model.layers")],
+)
+def test_waypoints_are_in_the_stack_whose_states_come_out(name, stack, tmp_path):
+    inputs = job(name, tmp_path)
+    fixed = anchors(inputs.model, inputs.updates, inputs.data, waypoints=True)
+    found = {block.rpartition(".")[0] for own in fixed.values() for block in own.directions}
+    assert found == {stack}
+
+
+def test_embeddings_of_a_pair_of_encoders_have_no_waypoints(tmp_path):
+    inputs = job("clip", tmp_path)
+    fixed = anchors(inputs.model, inputs.updates, inputs.data, waypoints=True)
+    assert not any(own.directions for own in fixed.values())

@@ -22,8 +22,9 @@ from torch.func import functional_call
 from nsc_fast.errors import MergeError
 from nsc_fast.layers import MergedLinear, install, remove
 from nsc_fast.methods import MergeInputs, anchored
-from nsc_fast.objectives.anchored import AnchoredObjective, anchors, states
+from nsc_fast.objectives.anchored import AnchoredObjective, anchors
 from nsc_fast.objectives.score import score
+from nsc_fast.objectives.states import states
 
 RANKS = {"one": 2, "two": 3}
 # The root of the second moments has the rounding of its smallest eigenvalues, about 1e-8.

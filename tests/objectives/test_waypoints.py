@@ -1,0 +1,127 @@
+"""Distances on the way against their formula and plain autograd with merged weights."""
+
+import pytest
+import torch
+from compare import error
+from test_anchored import MODELS, RANKS, Job
+from tiny import canonical_adapters, linear_names, random_adapters, tiny_llama
+
+from nsc_fast.layers import MergedLinear, install, remove
+from nsc_fast.objectives.anchored import AnchoredObjective, anchors
+from nsc_fast.objectives.waypoints import DIRECTIONS, Passing, directions, leaving
+
+
+def leaves(job, deltas, batch, names):
+    """Block -> ``(B, S, d)`` with full weights."""
+    seen = {}
+    handles = [
+        job.model.get_submodule(n).register_forward_hook(
+            lambda _, a, out, n=n: seen.update({n: leaving(out)})
+        )
+        for n in names
+    ]
+    try:
+        job.states(deltas, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def way(job, fixed, merged, batches):
+    """Half of the last states' distance and half of the way's, in the mean over the tasks."""
+    total = job.eager(merged, batches) / 2
+    for task, batch in batches.items():
+        own = {m: u.dense() for m, u in job.updates[task].items()}
+        found = fixed[task].directions
+        keep = batch["attention_mask"].bool()
+        there, here = leaves(job, own, batch, found), leaves(job, merged, batch, found)
+        terms = [
+            ((here[n] - there[n])[keep] @ f.double()).square().sum() / keep.sum() for n, f in found.items()
+        ]
+        total = total + sum(terms) / len(terms) / 2 / len(batches)
+    return total
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients_of_the_cores_are_those_of_merged_weights(kind):
+    job = Job(kind)
+    fixed = anchors(job.model, job.updates, job.data, waypoints=True)
+    assert all(own.directions for own in fixed.values())
+    installation = install(job.model, job.updates, granularity="core", init={"one": 0.3, "two": 0.7})
+    try:
+        objective = AnchoredObjective(job.model, installation, fixed)
+        got, _ = objective.losses({t: own.batches[0] for t, own in fixed.items()})
+        layers = {n: m for n, m in job.model.named_modules() if isinstance(m, MergedLinear)}
+        cores = {n: installation.coefficients.of(n) for n in layers}
+    finally:
+        remove(job.model)
+    copies = {n: x.detach().clone().requires_grad_() for n, x in cores.items()}
+    merged = {n: layers[n].columns @ copies[n] @ layers[n].basis for n in layers}
+    loss = way(job, fixed, merged, {t: own[0] for t, own in job.data.items()})
+    assert got == pytest.approx(float(loss.detach()), rel=1e-6)
+    for name, gradient in zip(copies, torch.autograd.grad(loss, list(copies.values())), strict=True):
+        assert error(cores[name].grad, gradient) < 1e-5
+
+
+def test_directions_are_those_of_the_shifts_and_a_floor():
+    """With as few features as directions ``F F^T`` is the metric, its floor in the mean over the draws."""
+    torch.manual_seed(3)
+    d, count = 24, 500
+    shift = torch.randn(count, d) * torch.logspace(0, -3, d)
+    state = torch.get_rng_state()
+    f = directions({"b": shift})["b"].double()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert f.shape == (d, 2 * d) and f.shape[1] <= DIRECTIONS
+    assert float((shift.double() @ f).square().sum()) / count == pytest.approx(1.0, rel=1e-5)
+    second = (shift.T @ shift).double() / count
+    values, vectors = torch.linalg.eigh(second)
+    root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+    main = f[:, :d] @ f[:, :d].T
+    assert error(main / main.trace(), root / root.trace()) < 1e-4
+    floor = f[:, d:] @ f[:, d:].T
+    assert float(floor.trace() / main.trace()) == pytest.approx(0.1, rel=0.2)
+
+
+def test_what_does_not_move_has_no_directions():
+    moved = {"still": torch.zeros(4, 3), "broken": torch.full((4, 3), torch.nan), "moved": torch.ones(4, 3)}
+    assert list(directions(moved)) == ["moved"]
+
+
+def test_an_adapter_is_at_distance_zero_and_the_base_model_at_one():
+    job = Job(dtype=torch.float32)
+    fixed = anchors(job.model, job.updates, job.data, waypoints=True)
+    for task, own in job.updates.items():
+        for deltas, expected in (({}, 1.0), ({m: u.dense() for m, u in own.items()}, 0.0)):
+            total = tokens = 0.0
+            for anchor, batch in zip(fixed[task].batches, job.data[task], strict=True):
+                seen = leaves(job, {m: x.float() for m, x in deltas.items()}, batch, fixed[task].directions)
+                count = anchor.counts[0]
+                total += count * sum(float(fixed[task].way(anchor, n, h)) for n, h in seen.items())
+                tokens += count
+            assert total / tokens == pytest.approx(expected, abs=1e-5)
+
+
+def test_only_blocks_that_an_adapter_moves_below_the_last():
+    """The adapter begins at block 1 of three: block 0 stays as it is, and block 2 is the last."""
+    model = tiny_llama(blocks=3)
+    names = [n for n in linear_names(model, ("q_proj", "v_proj")) if ".0." not in n]
+    updates = canonical_adapters(random_adapters(model, dict.fromkeys(RANKS, names), RANKS))
+    fixed = anchors(model, updates, Job("llama").data, waypoints=True)
+    assert [list(own.directions) for own in fixed.values()] == [["model.layers.1"]] * 2
+
+
+def test_without_waypoints_there_are_none():
+    fixed = anchors(Job().model, Job().updates, Job().data)
+    assert all(not own.directions and not own.sampled for own in fixed.values())
+    assert all(not anchor.way for own in fixed.values() for anchor in own.batches)
+
+
+def test_blocks_that_run_twice_or_have_other_tokens_are_left_out():
+    last, passing = torch.zeros(2, 5, 8), Passing()
+    passing.see("vision.0", None, torch.zeros(2, 5, 8))
+    for name in ("h.0", "h.1", "h.2", "h.1", "h.3", "h.4"):
+        tokens = 3 if name == "h.3" else 5
+        passing.see(name, None, (torch.zeros(2, tokens, 8), "cache"))
+    assert list(passing.below(last)) == ["h.0", "h.2"]
+    assert Passing().below(last) == {}
