@@ -166,7 +166,8 @@ def anchors(
         waypoints: whether what leaves the blocks is compared, too.
 
     Raises:
-        MergeError: an adapter that changes nothing on its own rows, or states that are not finite.
+        MergeError: an adapter that changes nothing on its own rows, states that are not finite, or waypoints
+            whose tokens are those of the last states in some batches only.
     """
     out = {}
     modules = tuple(dict.fromkeys(m for own in updates.values() for m in own))
@@ -195,6 +196,12 @@ def _anchor(
     with watched(runner.model, ways, see):
         found = runner.states(inputs)
     keep = kept(token_batch(inputs, 0, torch.device("cpu")), found, task)
+    for name, own in seen.items():
+        if (count := sum(map(len, own))) != keep.numel():
+            raise MergeError(
+                f"task {task!r}: block {name!r} has the last states' tokens in some batches, but not in "
+                f"one ({count} of {keep.numel()}); set waypoints (auto: anchored_waypoints) to false"
+            )
     way = {name: torch.cat(own)[keep.flatten()] for name, own in seen.items()}
     return Anchor(inputs, found.reshape(*keep.shape, -1).cpu()[keep], keep, way=way)
 

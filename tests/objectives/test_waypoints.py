@@ -6,6 +6,7 @@ from compare import error
 from test_anchored import MODELS, RANKS, Job
 from tiny import canonical_adapters, linear_names, random_adapters, tiny_llama
 
+from nsc_fast.errors import MergeError
 from nsc_fast.layers import MergedLinear, install, remove
 from nsc_fast.objectives.anchored import AnchoredObjective, anchors
 from nsc_fast.objectives.waypoints import DIRECTIONS, Passing, directions, leaving
@@ -125,3 +126,25 @@ def test_blocks_that_run_twice_or_have_other_tokens_are_left_out():
         passing.see(name, None, (torch.zeros(2, tokens, 8), "cache"))
     assert list(passing.below(last)) == ["h.0", "h.2"]
     assert Passing().below(last) == {}
+
+
+class Sometimes(torch.nn.Module):
+    """Its block sees half of the tokens where a batch has more than four."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = torch.nn.ModuleList(torch.nn.Linear(8, 8, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        short = self.h[0](x[:, :2] if x.shape[1] > 4 else x)
+        return self.h[1](short.mean(1, keepdim=True) + x)
+
+
+def test_a_block_whose_tokens_fit_in_some_batches_only():
+    torch.manual_seed(0)
+    model = Sometimes().double()
+    updates = canonical_adapters(random_adapters(model, {"one": ["h.0", "h.1"]}, {"one": 2}))
+    data = {"one": [{"x": torch.randn(600, n, 8, dtype=torch.float64)} for n in (4, 6)]}
+    assert anchors(model, updates, {"one": data["one"][:1]}, waypoints=True)["one"].directions
+    with pytest.raises(MergeError, match="task 'one': block 'h.0' .* set waypoints"):
+        anchors(model, updates, data, waypoints=True)
