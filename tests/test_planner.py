@@ -93,58 +93,51 @@ def test_counts_on_fake_tensors_are_those_on_real_ones(recompute, masked):
     assert found.peak == pytest.approx(peak, rel=0.05)
 
 
+def anchored_step(recompute, length, *, masked=True, waypoints=False):
+    """Anchors of one task, and the bytes at the peak of a step with them, which are not counted."""
+    model = small_llama()
+    names = names_of(model)
+    updates = canonical_adapters(random_adapters(model, names, {f"t{k}": RANK for k in range(TASKS)}))
+    batch = token_batch(3, length, seed=0, padding=1 if masked else 0)
+    if not masked:
+        del batch["attention_mask"]
+    fixed = anchors(model, {"t0": updates["t0"]}, {"t0": [batch]}, waypoints=waypoints)["t0"]
+    installation = install(model, updates, granularity="core")
+    objective = AnchoredObjective(model, installation, {"t0": fixed})
+    (anchor,) = fixed.batches
+    objective.losses({"t0": anchor})
+    held = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters()]
+    held += [p.grad for p in installation.coefficients.parameters()]
+    held += [*batch.values(), anchor.states, anchor.keep, *anchor.way.values()]
+    held += [*fixed.metrics, *fixed.directions.values()]
+    with checkpointed(model, installation.modules, recompute), LiveBytes().ignore(held) as live:
+        objective.losses({"t0": anchor})
+    return fixed, live.peak
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("recompute", ["never", "always"])
 def test_counts_of_anchored_merging_are_those_on_real_tensors(recompute, masked):
-    model = small_llama()
-    names = names_of(model)
-    raw = random_adapters(model, names, {f"t{k}": RANK for k in range(TASKS)})
-    updates = canonical_adapters(raw)
-    batch = token_batch(3, 40, seed=0, padding=1 if masked else 0)
-    if not masked:
-        del batch["attention_mask"]
-    fixed = anchors(model, {"t0": updates["t0"]}, {"t0": [batch]})
-    installation = install(model, updates, granularity="core")
-    objective = AnchoredObjective(model, installation, fixed)
-    step = {"t0": fixed["t0"].batches[0]}
-    objective.losses(step)
-    held = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters()]
-    held += [p.grad for p in installation.coefficients.parameters()]
-    held += [*batch.values(), step["t0"].states, step["t0"].keep, *fixed["t0"].metrics]
-    with checkpointed(model, installation.modules, recompute), LiveBytes().ignore(held) as live:
-        objective.losses(step)
+    _, peak = anchored_step(recompute, 40, masked=masked)
     skeleton = small_llama("meta")
-    ranks = {f"t{k}": dict.fromkeys(names, RANK) for k in range(TASKS)}
+    ranks = {f"t{k}": dict.fromkeys(names_of(skeleton), RANK) for k in range(TASKS)}
     found = FakeMerge(skeleton, ranks, (), "core", objective="states").run(3, 40, recompute, masked=masked)
-    assert found.peak == pytest.approx(live.peak, rel=0.05)
+    assert found.peak == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("recompute", ["never", "always"])
 def test_waypoints_are_in_the_plan(recompute):
     """On the device what their distances keep, in the host's memory what the anchors do."""
-    model = small_llama()
-    names = names_of(model)
-    updates = canonical_adapters(random_adapters(model, names, {f"t{k}": RANK for k in range(TASKS)}))
-    batch = token_batch(3, 64, seed=0, padding=1)
-    fixed = anchors(model, {"t0": updates["t0"]}, {"t0": [batch]}, waypoints=True)
-    installation = install(model, updates, granularity="core")
-    objective = AnchoredObjective(model, installation, fixed)
-    step = {"t0": fixed["t0"].batches[0]}
-    objective.losses(step)
-    held = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters()]
-    held += [p.grad for p in installation.coefficients.parameters()]
-    held += [*batch.values(), step["t0"].states, step["t0"].keep, *fixed["t0"].metrics]
-    held += [*fixed["t0"].directions.values(), *step["t0"].way.values()]
-    with checkpointed(model, installation.modules, recompute), LiveBytes().ignore(held) as live:
-        objective.losses(step)
+    fixed, peak = anchored_step(recompute, 64, waypoints=True)
     with_them, without = (
         Plan(replace(small_work(), granularity="core", objective="states", anchors=256, waypoints=n), 10**12)
-        for n in (len(fixed["t0"].directions), 0)
+        for n in (len(fixed.directions), 0)
     )
-    need = with_them.need(Choice(recompute, False, 3, False))
-    assert need.device - with_them.fixed == pytest.approx(live.peak, rel=0.1)
-    host = need.host - without.need(Choice(recompute, False, 3, False)).host
-    each = sum(w.numel() * w.element_size() for w in step["t0"].way.values()) / len(step["t0"].states)
+    choice = Choice(recompute, False, 3, False)
+    assert with_them.need(choice).device - with_them.fixed == pytest.approx(peak, rel=0.1)
+    (anchor,) = fixed.batches
+    each = sum(w.numel() * w.element_size() for w in anchor.way.values()) / len(anchor.states)
+    host = with_them.need(choice).host - without.need(choice).host
     assert host == pytest.approx(TASKS * 256 * 64 * each, rel=0.05)
 
 

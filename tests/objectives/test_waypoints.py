@@ -1,14 +1,15 @@
 """Distances on the way against their formula and plain autograd with merged weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from compare import error
-from test_anchored import MODELS, RANKS, Job
+from test_anchored import MODELS, RANKS, Job, check_gradients_of_the_cores
 from tiny import canonical_adapters, linear_names, random_adapters, tiny_llama
 
 from nsc_fast.errors import MergeError
-from nsc_fast.layers import MergedLinear, install, remove
-from nsc_fast.objectives.anchored import AnchoredObjective, anchors
+from nsc_fast.objectives.anchored import anchors
 from nsc_fast.objectives.waypoints import DIRECTIONS, Passing, directions, leaving
 
 
@@ -49,20 +50,7 @@ def test_gradients_of_the_cores_are_those_of_merged_weights(kind):
     job = Job(kind)
     fixed = anchors(job.model, job.updates, job.data, waypoints=True)
     assert all(own.directions for own in fixed.values())
-    installation = install(job.model, job.updates, granularity="core", init={"one": 0.3, "two": 0.7})
-    try:
-        objective = AnchoredObjective(job.model, installation, fixed)
-        got, _ = objective.losses({t: own.batches[0] for t, own in fixed.items()})
-        layers = {n: m for n, m in job.model.named_modules() if isinstance(m, MergedLinear)}
-        cores = {n: installation.coefficients.of(n) for n in layers}
-    finally:
-        remove(job.model)
-    copies = {n: x.detach().clone().requires_grad_() for n, x in cores.items()}
-    merged = {n: layers[n].columns @ copies[n] @ layers[n].basis for n in layers}
-    loss = way(job, fixed, merged, {t: own[0] for t, own in job.data.items()})
-    assert got == pytest.approx(float(loss.detach()), rel=1e-6)
-    for name, gradient in zip(copies, torch.autograd.grad(loss, list(copies.values())), strict=True):
-        assert error(cores[name].grad, gradient) < 1e-5
+    check_gradients_of_the_cores(job, fixed, partial(way, job, fixed), loss_within=1e-6, within=1e-5)
 
 
 def test_directions_are_those_of_the_shifts_and_a_floor():
