@@ -51,8 +51,8 @@ def test_the_candidate_with_the_best_score_is_returned():
     chosen = notice.split(" among ")[0].removeprefix("auto chose ")
     assert f"{chosen}: {found.value:.3f} (mean {found.mean:.3f}" in notice
     assert notice.count("\n") == 7 and "one 4, two 4" in notice
-    # 8 rows judged by 6 merges, by base and adapter; 24 rows fitted with moments, two kinds of states, and two
-    # more that show the directions on the way.
+    # 8 rows judged by 6 merges, by base and adapter; 24 rows fitted with moments, with two kinds of states,
+    # and with two that show the directions on the way.
     assert f"cost: {8 * 8 + 5 * 24} rows forward, and 30 optimisation steps" in notice
     assert result.method == "auto" and result.tasks == tuple(RANKS)
 
