@@ -35,8 +35,8 @@ from ..packing import parts, passes
 from ..sharding import InStep, Pass
 from ..siblings import Siblings, share
 from .running import adapted, evaluating, on_device, watched
-from .states import StatesRunner, kept
-from .waypoints import FLOOR, Passing, candidates, directions, leaving, project
+from .states import StatesRunner, kept, leaving
+from .waypoints import FLOOR, Passing, candidates, directions, project
 
 __all__ = ["Anchor", "AnchoredObjective", "Anchors", "anchors"]
 

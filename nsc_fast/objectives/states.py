@@ -15,7 +15,7 @@ from ..monitor import TokenBatch
 from ..packing import parts
 from .running import on_device
 
-__all__ = ["StatesRunner", "kept", "states"]
+__all__ = ["StatesRunner", "kept", "leaving", "states"]
 
 
 class StatesRunner:
@@ -50,14 +50,20 @@ def states(output: Any) -> Tensor:
     """
     found = getattr(output, "last_hidden_state", None)
     if found is None:
-        found = output[0] if isinstance(output, tuple | list) and output else output
-    if found is None or not isinstance(found, Tensor):
+        found = leaving(output)
+    if not isinstance(found, Tensor):
         found = getattr(output, "logits", None)
     if not isinstance(found, Tensor):
         found = _embeddings(output)
     if not isinstance(found, Tensor):
         raise MergeError(f"the model returns a {type(output).__name__} without states to compare")
     return found
+
+
+def leaving(output: Any) -> Tensor | None:
+    """What a module returns, of a tuple or list the first; None where that is no tensor."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) else None
 
 
 def _embeddings(output: Any) -> Tensor | None:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from ..memory import blocks_of
 from ..targets import tokens_of
+from .states import leaving
 
-__all__ = ["DIRECTIONS", "FLOOR", "Passing", "candidates", "directions", "leaving", "project"]
+__all__ = ["DIRECTIONS", "FLOOR", "Passing", "candidates", "directions", "project"]
 
 FLOOR = 0.1
 """Share of W that is the same in all directions: what the adapter hardly moves must stay where it is."""
@@ -70,12 +71,6 @@ class Passing:
         own = [name for name in self._seen if name.rpartition(".")[0] == stack][:-1]
         fit = [name for name in own if self._seen[name].shape[:-1] == last.shape[:-1]]
         return {name: self._seen[name] for name in fit if name not in self._again}
-
-
-def leaving(output: Any) -> Tensor | None:
-    """The states in what a block returns."""
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    return first if isinstance(first, Tensor) else None
 
 
 def directions(moved: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from tiny import canonical_adapters, linear_names, random_adapters, tiny_llama
 
 from nsc_fast.errors import MergeError
 from nsc_fast.objectives.anchored import anchors
-from nsc_fast.objectives.waypoints import DIRECTIONS, Passing, directions, leaving
+from nsc_fast.objectives.states import leaving
+from nsc_fast.objectives.waypoints import DIRECTIONS, Passing, directions
 
 
 def leaves(job, deltas, batch, names):
