@@ -6,6 +6,7 @@ Speeds are ratios of things timed alternately in one run: on a shared machine no
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -98,10 +99,10 @@ def compare(benchmark, request, device, rounds, size) -> Compare:
         samples: dict[str, list[float]] = {name: [] for name in everything}
         for call in everything.values():
             _timed(call, device)
-        names = list(everything)
-        for turn in range(rounds):
-            # Each goes first once in a while: what ran before leaves caches and memory behind.
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        order = random.Random(SEED)
+        for _ in range(rounds):
+            # What ran before leaves caches and memory behind: each is to come after each of the others.
+            for name in order.sample(list(everything), len(everything)):
                 samples[name].append(_timed(everything[name], device))
         ratios = {}
         for peer in peers:

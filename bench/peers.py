@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EagerLayer", "GramRatio", "MaterialisedLayer", "eager_steps", "forward_backward"]
+__all__ = ["EagerLayer", "GramRatio", "MaterialisedLayer", "eager_steps", "forward_backward", "taken"]
 
 
 class GramRatio:
@@ -89,13 +89,18 @@ def eager_steps(
     return total
 
 
-def forward_backward(layer: nn.Module, z: Tensor, g: Tensor) -> Callable[[], Tensor]:
-    """A call that runs the layer on z and back from g, and returns the output."""
+def forward_backward(layer: nn.Module, z: Tensor, g: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A call that runs the layer on z and back from g, and returns the output and the gradient of z."""
 
-    def run() -> Tensor:
-        z.grad = None
+    def run() -> tuple[Tensor, Tensor]:
         y = layer(z)
         y.backward(g)
-        return y
+        return y, taken(z)
 
     return run
+
+
+def taken(z: Tensor) -> Tensor:
+    """The gradient of z, gone from z: freed with a call's result, in the time of the call that made it."""
+    grad, z.grad = z.grad, None
+    return grad

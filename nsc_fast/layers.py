@@ -17,7 +17,7 @@ from .coefficients import Coefficients, Granularity
 from .dense import bind, release
 from .factors import LowRankUpdate, Stack, stack
 from .monitor import RatioMonitor
-from .ops import dispatch
+from .ops import buffers, dispatch
 
 __all__ = [
     "Installation",
@@ -288,6 +288,7 @@ def install(
 def remove(model: nn.Module) -> None:
     """Takes every :class:`MergedLinear` out of ``model``; the base layers are the same objects as before."""
     release(model)
+    buffers.release()
     for name, module in list(model.named_modules()):
         if isinstance(module, MergedLinear):
             replace_module(model, name, module.base)

@@ -17,24 +17,25 @@ import torch
 from torch import Tensor
 
 from ..reference import TINY
+from . import buffers
 
 # Rows are handled in blocks of about this size, which bounds the wide copies of half-precision input. Large
 # blocks: every product waits for all cores, and on a busy machine each wait is long.
 _BLOCK_BYTES = 64 << 20
 
 # A product with few columns is spread over the cores by rows, a tile each: splitting inside the product is up
-# to a third slower at ranks 16 to 96. A product with few terms is not, nor one with less work than this.
-_TILE_ROWS = 128
+# to two fifths slower at ranks 8 to 96, a third at most above. One with less work than this is not.
 _TILE_WORK = 45_000_000
+
+# A product with few terms is spread in the same way where that is faster, up to twice.
+_TILE_TERMS = range(48, 101)
+_TILE_LEAST_ROWS = 1024
 
 # With fewer rows than this for each column, the other factor is not worth being laid out anew.
 _LAYOUT_ROWS = 16
 
 # With more entries in the output, the bias is better one more term of the product than a second pass.
 _WIDE_OUTPUT = 1 << 20
-
-# From this rank on, a product and one more pass for the other term are faster than an accumulating product.
-_WIDE_RANK = 64
 
 
 class Projection(NamedTuple):
@@ -121,7 +122,9 @@ def ratio_backward(
     """
     t = _slope(omega, norm2, grad_omega, clamp)
     row_scale = (t * _inside(p, norm2, segment, omega.shape[1])).sum(1)
-    dp = p * (t if t.shape[1] == 1 else t[:, segment.long()])
+    if t.shape[1] > 1:
+        t = t @ _one_hot(segment, t.shape[1], t.dtype).t()
+    dp = p * t
     return input_gradient(dp.neg_(), q, row_scale=row_scale, z=z, dtype=z.dtype)
 
 
@@ -142,16 +145,11 @@ def input_gradient(
     """
     wide = dp.dtype
     q = q.to(wide)
-    out = dp.new_empty(dp.shape[0], q.shape[1], dtype=dtype)
+    out = buffers.empty(dp, dp.shape[0], q.shape[1], dtype)
     for rows in _blocks(out, wide):
         block = out[rows] if out.dtype == wide else torch.empty_like(out[rows], dtype=wide)
-        if row_scale is None:
-            torch.mm(dp[rows], q, out=block)
-        elif dp.shape[1] < _WIDE_RANK:
-            torch.mul(z[rows].to(wide), row_scale[rows, None], out=block)
-            block.addmm_(dp[rows], q)
-        else:
-            torch.mm(dp[rows], q, out=block)
+        _expand(dp[rows], q, block)
+        if row_scale is not None:
             torch.addcmul(block, z[rows].to(wide), row_scale[rows, None], out=block)
         if out.dtype != wide:
             out[rows] = block
@@ -170,7 +168,7 @@ def low_rank_output(
         bias: ``(d_out,)`` or None.
     """
     wide, rank = p.dtype, p.shape[1]
-    c, bias = c.to(wide), None if bias is None else bias.to(wide)
+    ct, bias = c.to(wide).t(), None if bias is None else bias.to(wide)
     if bias is not None and p.shape[0] * c.shape[0] > _WIDE_OUTPUT:
         # A column of ones beside P, the bias beside C. Adding it by itself costs as much as the product.
         x = p.new_empty(p.shape[0], rank + 1)
@@ -179,15 +177,15 @@ def low_rank_output(
         else:
             torch.mul(p, coef.to(wide), out=x[:, :rank])
         x[:, rank] = 1.0
-        c, bias = torch.cat((c, bias[:, None]), 1), None
+        ct, bias = torch.cat((ct, bias[None])), None
     else:
         x = p if coef is None else p * coef.to(wide)
+    out = buffers.empty(p, p.shape[0], c.shape[0], dtype)
     if dtype == wide:
-        out = torch.mm(x, c.t())
+        _expand(x, ct, out)
         return out if bias is None else out.add_(bias)
-    out = p.new_empty(p.shape[0], c.shape[0], dtype=dtype)
     for rows in _blocks(out, wide):
-        block = torch.mm(x[rows], c.t())
+        block = torch.mm(x[rows], ct)
         out[rows] = block if bias is None else block.add_(bias)
     return out
 
@@ -230,7 +228,7 @@ def coefficient_grads(
         for rows in _blocks(g, wide) if g.dtype != wide else (slice(None),):
             _contract(g[rows].to(wide), columns, h[rows])
         if want_dcoef:
-            dcoef = (p * h).sum(0)
+            dcoef = torch.linalg.vecdot(p, h, dim=0)
             if per_segment:
                 # A product, so that the order of the sum is fixed on every device.
                 dcoef = _one_hot(segment, num_segments, wide).t() @ dcoef
@@ -282,16 +280,30 @@ def _inside(p: Tensor, norm2: Tensor, segment: Tensor, num_segments: int) -> Ten
 def _contract(x: Tensor, m: Tensor, out: Tensor) -> None:
     """``out = x @ m`` for a product with few columns."""
     x, rows = dense_rows(x), x.shape[0]
-    tiles = rows // _TILE_ROWS
     columns = m.shape[1]
     small = x.numel() * columns < _TILE_WORK or (rows < _LAYOUT_ROWS * columns and not m.is_contiguous())
-    if x.device.type != "cpu" or small or tiles < 2 or not out.is_contiguous():
+    if x.device.type != "cpu" or small or not out.is_contiguous():
         torch.mm(x, m, out=out)
-        return
+    else:
+        _by_tiles(x, m, out, 32 if columns <= 96 else 128)
+
+
+def _expand(x: Tensor, m: Tensor, out: Tensor) -> None:
+    """``out = x @ m`` for a product with few terms."""
+    if x.device.type == "cpu" and len(m) in _TILE_TERMS and len(x) >= _TILE_LEAST_ROWS and x.is_contiguous():
+        _by_tiles(x, m, out, 32)
+    else:
+        torch.mm(x, m, out=out)
+
+
+def _by_tiles(x: Tensor, m: Tensor, out: Tensor, tile: int) -> None:
+    """``out = x @ m``, a product for every ``tile`` rows; ``out`` contiguous."""
+    (terms, columns), rows = m.shape, x.shape[0]
+    tiles = rows // tile
+    whole = tiles * tile
     m = m.contiguous()
-    whole = tiles * _TILE_ROWS
-    tiled = out[:whole].view(tiles, _TILE_ROWS, -1)
-    torch.bmm(x[:whole].view(tiles, _TILE_ROWS, -1), m.expand(tiles, *m.shape), out=tiled)
+    tiled = out[:whole].view(tiles, tile, columns)
+    torch.bmm(x[:whole].view(tiles, tile, terms), m.expand(tiles, terms, columns), out=tiled)
     if whole < rows:
         torch.mm(x[whole:], m, out=out[whole:])
 
