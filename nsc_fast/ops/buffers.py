@@ -44,7 +44,8 @@ def empty(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     held = memory.view()
     weakref.finalize(held, _take_back, memory).atexit = False
     # No view of another tensor: autograd would refuse to let a model change it in place.
-    return torch.empty(0, dtype=dtype).set_(torch.from_numpy(held).untyped_storage(), 0, (rows, columns))
+    result = torch.empty(0, dtype=dtype, device="cpu")
+    return result.set_(torch.from_numpy(held).untyped_storage(), 0, (rows, columns))
 
 
 def release() -> None:

@@ -81,6 +81,13 @@ def test_small_and_huge_results_and_other_kinds_of_tensors_are_not_kept() -> Non
     assert buffers._idle_bytes() == 0
 
 
+def test_the_default_device_is_another() -> None:
+    with torch.device("meta"):
+        one = _take()
+    assert one.device.type == "cpu"
+    assert one.fill_(1.0).sum() == ROWS * COLUMNS
+
+
 def test_from_inference_to_training() -> None:
     with torch.inference_mode():
         place = _take().data_ptr()
