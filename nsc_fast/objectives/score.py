@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..batches import rows
+from ..batches import Batch, cut, rows
 from ..factors import LowRankUpdate
+from ..packing import divisible
 from .anchored import Anchors
 from .running import adapted, evaluating
 from .states import StatesRunner
@@ -88,10 +89,6 @@ def held_out(
     return fitted, kept
 
 
-def _halves(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def _halves(batch: Batch) -> list[dict[str, Tensor]]:
     count = rows(batch)
-    # Images may lie beside the text in any number: such a batch stays whole.
-    if count < 2 or any(value.shape[0] != count for value in batch.values()):
-        return [dict(batch)]
-    middle = count // 2
-    return [{k: v[:middle] for k, v in batch.items()}, {k: v[middle:] for k, v in batch.items()}]
+    return cut(batch, [0, count // 2, count]) if count > 1 and divisible(batch) else [dict(batch)]

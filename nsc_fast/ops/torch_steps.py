@@ -23,11 +23,11 @@ from . import buffers
 # blocks: every product waits for all cores, and on a busy machine each wait is long.
 _BLOCK_BYTES = 64 << 20
 
-# A product with few columns is spread over the cores by rows, a tile each: splitting inside the product is up
-# to two fifths slower at ranks 8 to 96, a third at most above. One with less work than this is not.
+# A product with few columns is spread over the cores by rows, a small product for each tile of them: split
+# by the library itself it takes up to 1.6 times as long at ranks 8 to 48. One with less work is not.
 _TILE_WORK = 45_000_000
 
-# A product with few terms is spread in the same way where that is faster, up to twice.
+# A product with few terms, of these numbers, is spread in the same way: up to twice as fast at d = 4096.
 _TILE_TERMS = range(48, 101)
 _TILE_LEAST_ROWS = 1024
 

@@ -10,6 +10,7 @@ from nsc_fast.errors import MergeError
 from nsc_fast.factors import canonical
 from nsc_fast.layers import install, remove
 from nsc_fast.objectives.anchored import AnchoredObjective, anchors
+from nsc_fast.objectives.score import held_out
 from nsc_fast.packing import divisible, parts, whole_of
 from nsc_fast.processes import share
 
@@ -126,6 +127,13 @@ def test_every_sequence_keeps_its_images():
     assert torch.equal(torch.cat([p["pixel_values"] for p in pieces]), whole["pixel_values"])
     assert whole_of(whole).patches == sum(whole_of(piece).patches for piece in pieces) == 40
     assert [len(p["pixel_values"]) for p in parts(whole, 2)] == [28, 12]
+
+
+def test_rows_that_are_held_out_take_their_images_along():
+    fitted, kept = held_out({"a": [batch(0)]})
+    pieces = [*fitted["a"], *kept["a"]]
+    assert [len(p["pixel_values"]) for p in pieces] == [16, 12, 12]
+    assert [p["image_grid_thw"].tolist() for p in pieces] == [[[1, *size] for size in own] for own in IMAGES]
 
 
 @pytest.mark.parametrize("kind", ["no kinds", "no image", "other grids"])
