@@ -42,6 +42,31 @@ def _seeded():
 
 
 @pytest.fixture
+def large(monkeypatch):
+    """What plain torch does with large inputs, in small: products by tiles, results in used memory of NaN."""
+    from nsc_fast.ops import buffers, torch_steps
+
+    monkeypatch.setattr(torch_steps, "_TILE_WORK", 0)
+    monkeypatch.setattr(torch_steps, "_LAYOUT_ROWS", 0)
+    monkeypatch.setattr(torch_steps, "_TILE_TERMS", range(1000))
+    monkeypatch.setattr(torch_steps, "_TILE_LEAST_ROWS", 0)
+    monkeypatch.setattr(buffers, "_SMALLEST_BYTES", 1)
+    aligned = buffers._aligned
+    monkeypatch.setattr(buffers, "_aligned", lambda size: _filled(aligned(size)))
+    kept = buffers._take_back
+    monkeypatch.setattr(buffers, "_take_back", lambda memory: kept(_filled(memory)))
+    buffers.release()
+    yield
+    buffers.release()
+
+
+def _filled(memory):
+    # All ones: NaN in every floating dtype.
+    memory[...] = 255
+    return memory
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fresh memory holds NaN: a value that nobody writes shows at once."""
     before = torch.are_deterministic_algorithms_enabled()

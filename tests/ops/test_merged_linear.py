@@ -142,6 +142,13 @@ def test_a_zero_adapter(ranks):
         assert (case.ours()[1][case.task == ranks.index(0)] == 1).all()
 
 
+@pytest.mark.parametrize("n", [1, 31, 133])
+@pytest.mark.usefixtures("large")
+def test_products_by_tiles_of_rows(n):
+    for _ in range(2):
+        Case(leading=(n,), d_in=24, d_out=20).check()
+
+
 def test_blocks_of_rows_do_not_change_the_result(monkeypatch):
     case = Case(leading=(1303,), d_in=24, d_out=20)
     monkeypatch.setattr(torch_steps, "_BLOCK_BYTES", 600 * 24 * 8)

@@ -58,9 +58,16 @@ def test_odd_sizes(n, d, rank):
     compare_with_reference(tokens(n, d), [down(rank, d)])
 
 
+@pytest.mark.parametrize(("n", "ranks"), [(1, (2,)), (31, (5,)), (32, (5,)), (133, (3, 1)), (300, (60, 57))])
+@pytest.mark.usefixtures("large")
+def test_products_by_tiles_of_rows(n, ranks):
+    compare_with_reference(tokens(n, 24), [down(rank, 24) for rank in ranks])
+    compare_with_reference(tokens(24, n).t(), [down(rank, 24) for rank in ranks])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_blocks_of_rows_do_not_change_the_result(monkeypatch, dtype):
-    """Rows are handled in blocks, blocks in tiles; here there are many of both, and a rest of each."""
+    """Rows are handled in blocks; here there are many, and a rest."""
     z, q = tokens(1303, 24, dtype=dtype), basis_of(down(5, 24))
     whole = null_space_ratio(z, q)
     dz = gradient(whole, z, torch.ones_like(whole))
