@@ -17,8 +17,8 @@ from .workload import Workload, workload
 __all__ = ["RESERVE", "Choice", "Need", "Plan", "make_plan"]
 
 RESERVE = 10**9
-"""Bytes left for what is not counted: the accelerator's context, its libraries, gaps between tensors and memory
-that lies idle."""
+"""Bytes left for what is not counted: the accelerator's context, its libraries, gaps between tensors, idle
+memory."""
 
 _WAYS: tuple[tuple[Recompute, bool], ...] = (
     ("never", False),

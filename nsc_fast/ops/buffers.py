@@ -63,7 +63,7 @@ def _take_back(memory: np.ndarray) -> None:
     size = memory.nbytes
     if _idle_bytes() + size > _IDLE_BYTES:
         # Shapes have changed: what has another size may never be asked for again.
-        for other in [other for other in _idle if other != size]:
+        for other in set(_idle) - {size}:
             _idle.pop(other, None)
     if _idle_bytes() + size <= _IDLE_BYTES:
         _idle.setdefault(size, []).append(memory)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
+import threading
 
 import pytest
 import torch
@@ -94,6 +96,27 @@ def test_from_inference_to_training() -> None:
     one = _take()
     assert one.data_ptr() == place
     assert not one.is_inference()
+
+
+def test_no_two_threads_get_the_same_memory() -> None:
+    wrong = []
+
+    def work(own: int) -> None:
+        order, held = random.Random(own), []
+        for i in range(400):
+            one = _take(order.choice([ROWS - 1, ROWS, ROWS + 1]))
+            held.append((one.fill_(1000 * own + i), 1000 * own + i))
+            if len(held) > 4:
+                earlier, value = held.pop(order.randrange(4))
+                wrong.extend([value] * int((earlier != value).any()))
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert 0 < buffers._idle_bytes() <= buffers._IDLE_BYTES
 
 
 def test_gradients_are_right_in_memory_that_held_others() -> None:
