@@ -146,13 +146,10 @@ def input_gradient(
     wide = dp.dtype
     q = q.to(wide)
     out = buffers.empty(dp, dp.shape[0], q.shape[1], dtype)
-    for rows in _blocks(out, wide):
-        block = out[rows] if out.dtype == wide else torch.empty_like(out[rows], dtype=wide)
+    for rows, block in _written(out, wide):
         _expand(dp[rows], q, block)
         if row_scale is not None:
             torch.addcmul(block, z[rows].to(wide), row_scale[rows, None], out=block)
-        if out.dtype != wide:
-            out[rows] = block
     return out
 
 
@@ -181,12 +178,10 @@ def low_rank_output(
     else:
         x = p if coef is None else p * coef.to(wide)
     out = buffers.empty(p, p.shape[0], c.shape[0], dtype)
-    if dtype == wide:
-        _expand(x, ct, out)
-        return out if bias is None else out.add_(bias)
-    for rows in _blocks(out, wide):
-        block = torch.mm(x[rows], ct)
-        out[rows] = block if bias is None else block.add_(bias)
+    for rows, block in _written(out, wide):
+        _expand(x[rows], ct, block)
+        if bias is not None:
+            block.add_(bias)
     return out
 
 
@@ -306,6 +301,15 @@ def _by_tiles(x: Tensor, m: Tensor, out: Tensor, tile: int) -> None:
     torch.bmm(x[:whole].view(tiles, tile, terms), m.expand(tiles, terms, columns), out=tiled)
     if whole < rows:
         torch.mm(x[whole:], m, out=out[whole:])
+
+
+def _written(out: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Row ranges of ``out``, each with the block in ``wide`` to be filled, which is then rounded into it."""
+    for rows in _blocks(out, wide):
+        block = out[rows] if out.dtype == wide else torch.empty_like(out[rows], dtype=wide)
+        yield rows, block
+        if out.dtype != wide:
+            out[rows] = block
 
 
 def _blocks(like: Tensor, wide: torch.dtype) -> Iterator[slice]:
