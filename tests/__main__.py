@@ -2,7 +2,7 @@
 
 Interpreting kernels and compiling them exclude each other within a process (Triton reads TRITON_INTERPRET
 when it is first imported), and compiling for an absent GPU replaces Triton's driver, so each has a run to
-itself. The benchmarks run in their smallest size, as a test of their mechanics.
+itself, as has the device that stands in for a GPU. The benchmarks run in their smallest size, as a test of their mechanics.
 """
 
 import os
@@ -13,7 +13,8 @@ TWO = ["-n", "2"]
 RUNS = (
     ("kernels, interpreted", ["tests/kernels/interp", *TWO], {"TRITON_INTERPRET": "1"}),
     ("kernels, compiled", ["tests/kernels/compiled", "tests/kernels/ptx", *TWO], {}),
-    ("everything else", ["tests", "--ignore=tests/kernels", *TWO], {}),
+    ("another device", ["tests/device", *TWO], {"TRITON_INTERPRET": "1"}),
+    ("everything else", ["tests", "--ignore=tests/kernels", "--ignore=tests/device", *TWO], {}),
     ("benchmarks, smoke", ["bench", "--benchmark-disable"], {}),
 )
 

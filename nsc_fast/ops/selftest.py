@@ -47,14 +47,19 @@ class Finding:
 
 
 def passed(device: torch.device) -> bool:
-    """Whether the kernels may be trusted on ``device``; the reason is logged where not."""
-    failures = [finding for finding in run(device.type, device.index) if not finding.passed]
+    """Whether the kernels may be trusted on ``device``; where not, the reason is logged, once."""
+    return _passed(device.type, device.index, tf32_allowed())
+
+
+@cache
+def _passed(device_type: str, index: int | None, tf32: bool) -> bool:
+    failures = [finding for finding in _run(device_type, index, "triton", tf32) if not finding.passed]
     for finding in failures:
         _log.warning(
             "Triton kernel for %s in %s failed its self-test on %s (%s): plain torch is used",
             finding.operation,
             finding.dtype,
-            device,
+            device_type if index is None else f"{device_type}:{index}",
             finding.reason or f"relative error {finding.error:.1e}",
         )
     return not failures

@@ -115,7 +115,7 @@ def test_the_self_test_passes_for_sound_kernels(dtype):
 
 
 @pytest.mark.parametrize("damage", ["wrong", "silent", "raising"])
-def test_the_self_test_notices_a_bad_kernel(monkeypatch, damage):
+def test_the_self_test_notices_a_bad_kernel(monkeypatch, caplog, damage):
     from nsc_fast.ops import triton_steps
 
     sound = triton_steps.low_rank_output
@@ -127,16 +127,23 @@ def test_the_self_test_notices_a_bad_kernel(monkeypatch, damage):
         return out * 1.2 if damage == "wrong" else torch.full_like(out, float("nan"))
 
     monkeypatch.setattr(triton_steps, "low_rank_output", bad)
-    selftest._run.cache_clear()
+    _ask_anew()
     try:
         findings = selftest.run("cpu", None, "triton")
         failed = {f.operation for f in findings if not f.passed}
         assert failed == {"merged_linear"}
         if damage == "raising":
             assert any("no such instruction" in f.reason for f in findings)
-        assert not selftest.passed(torch.device("cpu"))
+        # Every operation asks; the reason is told once for each dtype.
+        assert not any(selftest.passed(torch.device("cpu")) for _ in range(3))
+        assert [r.getMessage().count("failed its self-test on cpu") for r in caplog.records] == [1, 1, 1]
     finally:
-        selftest._run.cache_clear()
+        _ask_anew()
+
+
+def _ask_anew():
+    selftest._run.cache_clear()
+    selftest._passed.cache_clear()
 
 
 def test_checkpointed_and_compiled_forms_agree():

@@ -1,0 +1,121 @@
+"""Merges on another device than the CPU give what they give on the CPU."""
+
+import pytest
+import stand_in
+import tiny
+import torch
+from architecture_checks import train
+from architecture_rows import ROWS
+
+from nsc_fast import merge_adapters
+
+DEVICES = ("cpu", stand_in.NAME)
+AUTO = {"scales": (0.2, 0.5), "data_free": ("iso_c", "knots_ties"), "anchored_steps": 2, "margin": 10.0}
+PARAMETERS = {
+    "nsc": {"steps": 2, "granularity": "module"},
+    "anchored": {"steps": 2},
+    "closed_form": {},
+    "auto": AUTO,
+}
+LLAMA = ["q_proj", "k_proj", "v_proj", "down_proj"]
+
+
+def same_on_both(build, adapted, data, folder, method, parameters, tolerance=1e-6, **options):
+    """Results of ``merge_adapters`` on both devices, compared; the one of the device."""
+    paths = train(build(), adapted, folder)
+    found = {}
+    for device in DEVICES:
+        torch.manual_seed(0)
+        found[device] = merge_adapters(
+            build().to(device),
+            paths,
+            data,
+            method=method,
+            parameters=parameters,
+            base_name="base",
+            **options,
+        )
+    assert stand_in.RAN
+    here, there = (found[device] for device in DEVICES)
+    assert here.updates.keys() == there.updates.keys()
+    for module, update in there.updates.items():
+        assert update.basis.device.type == update.columns.device.type == "cpu"
+        expected = here.updates[module].dense()
+        off = (update.dense() - expected).abs().max()
+        assert off <= tolerance * expected.abs().max(), module
+    there.save_pretrained(folder / "out")
+    return there
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
+@pytest.mark.parametrize("name", ROWS)
+def test_architectures(name, method, tmp_path):
+    row = ROWS[name]
+    data = {task: [row.inputs(3 * k + i) for i in range(3)] for k, task in enumerate("ab")}
+    same_on_both(row.build, row.adapted, data, tmp_path, method, PARAMETERS[method])
+
+
+@pytest.mark.parametrize(
+    ("build", "entropy"),
+    [(tiny.tiny_bert, "classification"), (tiny.tiny_llama, "first_token"), (tiny.tiny_llama, "all_tokens")],
+)
+def test_adamerging(build, entropy, tmp_path):
+    own = {"steps": 2, "entropy": entropy, **({"max_new_tokens": 3} if entropy == "all_tokens" else {})}
+    adapted = ["query", "value"] if build is tiny.tiny_bert else LLAMA
+    same_on_both(build, adapted, batches(), tmp_path, "adamerging", own)
+
+
+WAYS = {
+    "joined": {},
+    "apart": {"batching": "never"},
+    "checkpoints": {"checkpointing": "always"},
+    "checkpoints on the host": {"checkpointing": "always", "offload": True},
+    "feed forward again": {"checkpointing": "feed_forward"},
+    "in parts": {"micro_batch": 1},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", ["nsc", "anchored"])
+def test_ways_through_the_model(method, way, tmp_path):
+    own = {"steps": 3, **WAYS[way]}
+    same_on_both(tiny.tiny_llama, LLAMA, batches(), tmp_path, method, own)
+
+
+def test_rows_without_padding(tmp_path):
+    own = {"steps": 3, "packing": "auto"}
+    same_on_both(tiny.tiny_llama, LLAMA, batches(), tmp_path, "nsc", own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["nsc", "anchored"])
+def test_the_kernels(method, dtype, tmp_path, monkeypatch):
+    """``impl="auto"`` tests them on the device, then takes them for all that it merges."""
+    from nsc_fast.ops import triton_steps
+
+    taken = set()
+    for name in ("project", "low_rank_output"):
+        step = getattr(triton_steps, name)
+
+        def counted(*args, step=step, name=name, **kwargs):
+            taken.add((name, args[0].device.type))
+            return step(*args, **kwargs)
+
+        monkeypatch.setattr(triton_steps, name, counted)
+    limit = {torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
+    same_on_both(
+        lambda: tiny.tiny_llama(dtype, blocks=2),
+        LLAMA,
+        batches(rows=2),
+        tmp_path,
+        method,
+        {"steps": 2},
+        tolerance=limit,
+    )
+    assert {device for _, device in taken} == {stand_in.NAME}
+
+
+def batches(rows=3):
+    return {
+        t: [tiny.token_batch(rows, 6, 3 * k + i, padding=2) for i in range(3)] for k, t in enumerate("ab")
+    }
