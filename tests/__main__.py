@@ -2,7 +2,8 @@
 
 Interpreting kernels and compiling them exclude each other within a process (Triton reads TRITON_INTERPRET
 when it is first imported), and compiling for an absent GPU replaces Triton's driver, so each has a run to
-itself, as has the device that stands in for a GPU. The benchmarks run in their smallest size, as a test of their mechanics.
+itself, as has the device that stands in for a GPU. The benchmarks run in their smallest size, as a test of
+their mechanics.
 """
 
 import os

@@ -1,14 +1,14 @@
 """A device that is not the CPU, for machines without one.
 
-Its tensors keep their numbers in the host's memory and say that they are somewhere else; its operations are the
-CPU's, with what a real device insists on:
+Its tensors keep their numbers in the host's memory and say that they are somewhere else; its operations are
+the CPU's, with what a real device insists on:
 
  - tensors of two devices do not meet, except as numbers without dimensions, in copies, and as indices;
  - ``numpy`` does not reach its memory;
  - a number that the host wants, or a shape that depends on values, makes the host wait.
 
-The last are counted in :data:`WAITS`, and the bytes that cross over in :data:`CROSSED`. torch has one place for
-a device from outside; taking it cannot be undone, so these tests have a process of their own.
+The last are counted in :data:`WAITS`, and the bytes that cross over in :data:`CROSSED`. torch has one place
+for a device from outside; taking it cannot be undone, so these tests have a process of their own.
 """
 
 from __future__ import annotations
