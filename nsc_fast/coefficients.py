@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from statistics import fmean
 from typing import Literal, get_args
 
 import torch
@@ -119,13 +121,15 @@ class Coefficients(nn.Module):
 
     def table(self) -> dict[str, dict[str, float]]:
         """Module -> task -> coefficient (mean over singular directions for "rank" and "core"), for logs."""
+        values = self.by_module()
+        # One copy to the host for all modules.
+        numbers = iter(torch.cat([_diagonal(value) for value in values.values()]).tolist())
         out = {}
-        for module, value in self.by_module().items():
+        for module in values:
             names = [self.tasks[i] for i in self._present[module]]
-            if self.granularity in ("rank", "core"):
-                parts = _diagonal(value).split(self._ranks[module])
-                value = torch.stack([part.mean() for part in parts])
-            out[module] = dict(zip(names, value.tolist(), strict=True))
+            sizes = self._ranks[module] if self.granularity in ("rank", "core") else [1] * len(names)
+            means = [fmean(islice(numbers, size)) for size in sizes]
+            out[module] = dict(zip(names, means, strict=True))
         return out
 
 

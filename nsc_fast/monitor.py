@@ -218,9 +218,15 @@ class RatioMonitor:
 
         Where the pass held a part of a batch, the part's share of the mean.
         """
+        ratios = self.ratios
+        if not ratios:
+            return {}
+        device = next(iter(ratios.values())).device
+        # One copy to the host for all modules.
+        table = torch.stack([r.to(device) for r in ratios.values()]).cpu()
         out = {}
         for k, name in enumerate(self.tasks):
-            values = [r[k] for m, r in self.ratios.items() if name in self.targets[m]]
-            if values:
-                out[name] = float(torch.stack([v.to("cpu") for v in values]).mean())
+            own = [i for i, m in enumerate(ratios) if name in self.targets[m]]
+            if own:
+                out[name] = float(table[own, k].mean())
         return out

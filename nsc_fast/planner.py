@@ -10,6 +10,7 @@ from functools import cached_property
 from .errors import MergeError
 from .footprint import FakeMerge, Footprint, Objective
 from .memory import Recompute, readable_bytes
+from .objectives.metric import DIRECTIONS as METRIC_DIRECTIONS
 from .objectives.waypoints import DIRECTIONS
 from .recipe import Recipe
 from .workload import Workload, workload
@@ -107,9 +108,11 @@ class _Costs:
         halved = [self._own >> k for k in range(1, self._own.bit_length())]
         self._lengths = [*sorted(halved), *(n for n in doubled if n < limit), limit]
         width, entries = self._fake.state_shape(work.length) if work.anchors else (0, 0)
-        self.states = width, len(work.ranks) * work.anchors * entries
-        # Of a row, in float32.
-        self.way = 4 * work.waypoints * min(DIRECTIONS, 2 * width) * entries // max(width, 1)
+        self.states = len(work.ranks) * work.anchors * entries
+        columns = work.waypoints * min(DIRECTIONS, 2 * width)
+        # Of a row, and of all tasks; in float32.
+        self.way = 4 * columns * entries // max(width, 1)
+        self.constants = 4 * len(work.ranks) * width * (2 * min(METRIC_DIRECTIONS, width) + columns)
         self._runs: dict[tuple[int, int, Recompute], Footprint] = {}
         self._base: dict[int, int] = {}
 
@@ -212,7 +215,7 @@ class Plan:
         # Canonical factors in float64, once more stacked, and those of finished merges.
         canonical = (16 + 8 * self.work.merges) * self._costs.factors
         kept = self.work.adapter_bytes + self.work.data_bytes
-        kept += self._costs.states[1] * self._costs.state_bytes
+        kept += self._costs.states * self._costs.state_bytes
         kept += len(self.work.ranks) * self.work.anchors * self._costs.way
         if self.work.merges:
             # Methods that finish merges beside their own work take them from second moments.
@@ -227,12 +230,13 @@ class Plan:
     def fixed(self) -> int:
         """Bytes on the device that no choice changes: weights, factors in float32, the reserve.
 
-        And cores with their gradients and the optimiser's moments, and the metric of two views of the states.
-        For second moments, the factors of one task at a time and its sums.
+        And cores with their gradients and the optimiser's moments, and of every task the metrics of two views
+        of the states and the directions of the waypoints. For second moments, the factors of one task at a
+        time and its sums.
         """
         costs = self._costs
         factors = costs.moments[0] if self.work.objective == "moments" else 4 * costs.factors
-        more = 16 * self.work.core_numbers + 2 * 4 * costs.states[0] ** 2
+        more = 16 * self.work.core_numbers + costs.constants
         return self.work.weight_bytes + factors + more + RESERVE
 
     def _active(self, choice: Choice, rows: int, length: int) -> tuple[float, float]:

@@ -109,7 +109,7 @@ def anchored_step(recompute, length, *, masked=True, waypoints=False):
     held = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters()]
     held += [p.grad for p in installation.coefficients.parameters()]
     held += [*batch.values(), anchor.states, anchor.keep, *anchor.way.values()]
-    held += [*fixed.metrics, *fixed.directions.values()]
+    held += [*(w.root for w in fixed.metrics), *fixed.directions.values()]
     with checkpointed(model, installation.modules, recompute), LiveBytes().ignore(held) as live:
         objective.losses({"t0": anchor})
     return fixed, live.peak

@@ -111,7 +111,7 @@ def measured(name, rows, objective, recompute, blind):
         driver = AnchoredObjective(model, installation, fixed)
         driver.losses(step)
         held = [p.grad for p in installation.coefficients.parameters()]
-        held += [step["t0"].states, step["t0"].keep, *fixed["t0"].metrics]
+        held += [step["t0"].states, step["t0"].keep, *(w.root for w in fixed["t0"].metrics)]
     else:
         targets = select_targets(adapted(name, model, blind))
         installation = install(model, updates, targets=targets, on_recorded=lambda: driver.count())

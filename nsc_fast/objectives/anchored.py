@@ -8,9 +8,8 @@ under the merge and ``h0`` those of the base model, on the same rows. The distan
 over two views v of the states: every token, which tagging and generation read, and the mean of a sequence,
 which answers about a whole text or image read and in which the noise of single tokens is gone. D is 0 for the
 adapter itself and 1 for the base model. Not all directions of the states matter: a head reads few. It is not
-known here, but the adapter was trained against it, and where the adapter moves the states tells:
-
-    W = S^1/2 / tr S^1/2 + I / (10 d),        S = E[(h* - h0)(h* - h0)^T].
+known here, but the adapter was trained against it, and where the adapter moves the states tells: W is
+described in :mod:`nsc_fast.objectives.metric`.
 
 No label, no head and no ratio is involved, and a lower distance cannot be had by anything but agreeing with
 the adapter. What is optimised is, on request, half this distance and half that of the waypoints, see
@@ -21,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,9 +33,10 @@ from ..layers import Installation
 from ..packing import parts, passes
 from ..sharding import InStep, Pass
 from ..siblings import Siblings, share
+from .metric import Metric, metric_of
 from .running import adapted, evaluating, on_device, watched
 from .states import StatesRunner, kept, leaving
-from .waypoints import FLOOR, Passing, candidates, directions, project
+from .waypoints import Passing, candidates, directions, project
 
 __all__ = ["Anchor", "AnchoredObjective", "Anchors", "anchors"]
 
@@ -86,26 +86,59 @@ class Anchor:
         ]
 
     def tokens(self, found: Tensor) -> Tensor:
-        """``(N, d)``, the states without padding; ``found (B, ..., d)``."""
-        return found.reshape(*self.keep.shape, -1)[self.keep.to(found.device)]
+        """``(N, d)``, without padding, of the states ``found (B, ..., d)`` of this batch alone."""
+        return Place(self, range(len(self.keep)), len(self.keep)).tokens(found)
 
-    def views(self, found: Tensor) -> list[Tensor]:
+    def views(self, tokens: Tensor) -> list[Tensor]:
         """Differences to the anchor: ``(N, d)`` of tokens and, where there are several, ``(B, d)`` of means.
 
         Args:
-            found: ``(B, ..., d)``, the states to compare; differentiable.
+            tokens: ``(N, d)``, the states to compare; differentiable.
         """
-        wide = torch.float64 if found.dtype == torch.float64 else torch.float32
-        keep = self.keep.to(found.device)
-        off = self.tokens(found).to(wide) - self.states.to(found.device, wide)
-        if keep.ndim == 1:
+        wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        off = tokens.to(wide) - self.states.to(tokens.device).to(wide)
+        if self.keep.ndim == 1:
             return [off]
+        count = self.keep.sum(1).to(off.device)
+        sequence = torch.arange(len(count), device=off.device)
+        # Told the size, a device need not be waited for.
+        owner = sequence.repeat_interleave(count, output_size=len(off)) == sequence[:, None]
         # A product, so that the order of the sums is fixed on every device.
-        count = keep.sum(1)
-        owner = torch.nn.functional.one_hot(
-            torch.arange(len(count), device=found.device).repeat_interleave(count), len(count)
-        )
-        return [off, (owner.to(wide) / count.clamp(min=1).to(wide)).T @ off]
+        return [off, (owner.to(wide) / count.clamp(min=1).to(wide)[:, None]) @ off]
+
+
+@dataclass
+class Place:
+    """Where one task's tokens are among those of a pass, whose sequences are padded on the right.
+
+    Worked out on the host, which does not have to wait for the device then.
+
+    Attributes:
+        anchor: of the task's batch.
+        rows: its sequences among those of the pass.
+        sequences: how many the pass has.
+    """
+
+    anchor: Anchor
+    rows: Sequence[int]
+    sequences: int
+    _known: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+
+    def tokens(self, found: Tensor) -> Tensor:
+        """``(N, d)``, without padding, of the states ``found (B, ..., d)`` of the pass."""
+        flat = found.flatten(0, -2)
+        key = len(flat), flat.device
+        if key not in self._known:
+            self._known[key] = self._index(len(flat)).to(flat.device)
+        return flat.index_select(0, self._known[key])
+
+    def _index(self, count: int) -> Tensor:
+        keep = self.anchor.keep
+        if len(self.rows) == self.sequences:
+            return keep.flatten().nonzero().squeeze(1)
+        own = keep.reshape(len(self.rows), -1)
+        first = torch.tensor(self.rows)[:, None] * (count // self.sequences)
+        return (first + torch.arange(own.shape[1]))[own]
 
 
 @dataclass(frozen=True)
@@ -115,14 +148,15 @@ class Anchors:
     Attributes:
         task: its name.
         batches: anchors of the fitted rows.
-        metrics: W of every view, ``(d, d)`` on the CPU, scaled so that the base model has distance 1.
-        directions: block -> F ``(d, m)`` on the CPU, scaled alike; empty without waypoints.
+        metrics: W of every view.
+        directions: block -> F ``(d, m)``, scaled so that the base model has distance 1; empty without
+            waypoints.
         sampled: rows that the directions were taken from.
     """
 
     task: str
     batches: tuple[Anchor, ...]
-    metrics: tuple[Tensor, ...]
+    metrics: tuple[Metric, ...]
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     sampled: int = 0
 
@@ -131,20 +165,24 @@ class Anchors:
         """Sequences in all batches."""
         return sum(rows(a.inputs) for a in self.batches)
 
-    def of_views(self, anchor: Anchor, found: Tensor) -> list[Tensor]:
-        """Distances of every token and of every sequence's mean; differentiable in ``found (B, ..., d)``."""
-        views = anchor.views(found)
-        return [((off @ w.to(off)) * off).sum(1) for off, w in zip(views, self.metrics, strict=True)]
+    def to(self, device: torch.device) -> Anchors:
+        """With what every batch needs, metrics and directions, on a device."""
+        there = {name: f.to(device) for name, f in self.directions.items()}
+        return replace(self, metrics=tuple(w.to(device) for w in self.metrics), directions=there)
 
-    def distance(self, anchor: Anchor, found: Tensor) -> Tensor:
+    def of_views(self, anchor: Anchor, tokens: Tensor) -> list[Tensor]:
+        """Distances of every token and of every sequence's mean; differentiable in ``tokens (N, d)``."""
+        return [w.of(off) for off, w in zip(anchor.views(tokens), self.metrics, strict=True)]
+
+    def distance(self, anchor: Anchor, tokens: Tensor) -> Tensor:
         """Mean distance of the last states on one batch, or what a part of it has in that mean."""
-        views = self.of_views(anchor, found)
+        views = self.of_views(anchor, tokens)
         return sum(view.sum() / count for view, count in zip(views, anchor.counts, strict=False)) / len(views)
 
-    def way(self, anchor: Anchor, block: str, found: Tensor) -> Tensor:
-        """What a block with directions has in the mean distance of the waypoints; ``found (B, ..., d)``."""
-        got = project(anchor.tokens(found), self.directions[block])
-        off = got - anchor.way[block].to(got)
+    def way(self, anchor: Anchor, block: str, tokens: Tensor) -> Tensor:
+        """What a block with directions has in the mean distance of the waypoints; ``tokens (N, d)``."""
+        got = project(tokens, self.directions[block])
+        off = got - anchor.way[block].to(got.device).to(got)
         return off.square().sum() / (anchor.counts[0] * len(self.directions))
 
 
@@ -178,8 +216,8 @@ def anchors(
             ways, sampled = _directions(runner, own, batches[task], task, blocks) if blocks else ({}, 0)
             with adapted(model, own):
                 there = [_anchor(runner, batch, task, ways) for batch in batches[task]]
-            moved = [anchor.views(runner.states(anchor.inputs).cpu()) for anchor in there]
-        metrics = tuple(_metric(task, torch.cat(view)) for view in zip(*moved, strict=True))
+            moved = [a.views(a.tokens(runner.states(a.inputs).cpu())) for a in there]
+        metrics = tuple(metric_of(task, torch.cat(view)) for view in zip(*moved, strict=True))
         out[task] = Anchors(task, tuple(there), metrics, ways, sampled)
     return out
 
@@ -233,26 +271,8 @@ def _directions(
         sampled += rows(batches[i])
         if count >= _SAMPLE:
             break
-    return directions({name: torch.cat(shifts) for name, shifts in moved.items()}), sampled
-
-
-def _metric(task: str, moved: Tensor) -> Tensor:
-    """W, divided by the mean distance that the adapter moves the states ``(N, d)``."""
-    d = moved.shape[1]
-    second = (moved.T @ moved).double() / len(moved)
-    trace = float(second.diagonal().sum())
-    if not trace < float("inf"):
-        raise MergeError(f"the states of task {task!r} are not finite; load the base model in float32")
-    if trace == 0:
-        raise MergeError(
-            f"the adapter of task {task!r} changes nothing on its own rows; leave it out, or check its data"
-        )
-    values, vectors = torch.linalg.eigh(second)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    metric = root / root.diagonal().sum()
-    metric.diagonal().add_(FLOOR / d)
-    # E[D^T W D] = tr(W S).
-    return (metric / (metric * second).sum()).to(moved.dtype)
+    found = directions({name: torch.cat(shifts) for name, shifts in moved.items()})
+    return {name: f.to(runner.device) for name, f in found.items()}, sampled
 
 
 @dataclass
@@ -283,6 +303,7 @@ class AnchoredObjective:
 
     def __post_init__(self) -> None:
         self._runner = StatesRunner(self.model, self.installation.modules)
+        self.tasks = {task: own.to(self._runner.device) for task, own in self.tasks.items()}
         weight = {t: 1.0 if self.preferences is None else self.preferences[t] for t in self.tasks}
         self._share = {task: w / sum(weight.values()) for task, w in weight.items()}
         self._waypoints = tuple(dict.fromkeys(b for own in self.tasks.values() for b in own.directions))
@@ -312,27 +333,32 @@ class AnchoredObjective:
         return sum(self._share[task] * value for task, value in distances.items()), distances
 
     def _passes(self, anchors: Mapping[str, Anchor]) -> list[Pass]:
-        """Inputs of every pass, and task -> anchor and the rows that belong to it."""
+        """Inputs of every pass, and task -> where its tokens are."""
         tasks, device = list(anchors), self._runner.device
         moved = {k: on_device(anchors[task].inputs, device) for k, task in enumerate(tasks)}
-        return [
-            (inputs, {tasks[k]: (anchors[tasks[k]], tokens.task == k) for k in tokens.task.unique().tolist()})
-            for inputs, tokens in passes(moved, device, together=self.batching)
-        ]
+        out = []
+        for inputs, tokens in passes(moved, device, together=self.batching):
+            rows_of: dict[int, list[int]] = {}
+            for row, k in enumerate(order := tokens.task.tolist()):
+                rows_of.setdefault(k, []).append(row)
+            own = {tasks[k]: Place(anchors[tasks[k]], at, len(order)) for k, at in rows_of.items()}
+            out.append((inputs, own))
+        return out
 
     def _pass(
         self,
         inputs: Mapping[str, Tensor],
-        own: Mapping[str, tuple[Anchor, Tensor]] | None,
+        own: Mapping[str, Place] | None,
         distances: dict[str, float],
     ) -> None:
         self._look(inputs)
         way: dict[str, Tensor] = {}
 
         def see(block: str, _: Any, output: Any) -> None:
-            for task, (anchor, place) in own.items():
+            for task, place in own.items():
                 if block in self.tasks[task].directions:
-                    part = self.tasks[task].way(anchor, block, _rows(leaving(output), place, anchor))
+                    tokens = place.tokens(leaving(output))
+                    part = self.tasks[task].way(place.anchor, block, tokens)
                     way[task] = part + way[task].to(part) if task in way else part
 
         with watched(self.model, self._waypoints if own else (), see):
@@ -340,29 +366,21 @@ class AnchoredObjective:
         if own is None:
             found.backward(torch.zeros_like(found))
             return
-        loss = 0.0
-        for task, (anchor, place) in own.items():
-            distance = self.tasks[task].distance(anchor, _rows(found, place, anchor))
-            if task in way:
-                distance = (distance + way[task].to(distance)) / 2
-            value = float(distance.detach())
+        parts = {}
+        for task, place in own.items():
+            distance = self.tasks[task].distance(place.anchor, place.tokens(found))
+            parts[task] = (distance + way[task].to(distance)) / 2 if task in way else distance
+        sum(self._share[task] * part for task, part in parts.items()).backward()
+        for task, value in zip(parts, torch.stack([*parts.values()]).tolist(), strict=True):
             if not math.isfinite(value):
                 raise MergeError(
                     f"the distance of task {task!r} is {value}: lower the learning rate or load the base "
                     "model in float32"
                 )
             distances[task] += value
-            loss = loss + self._share[task] * distance
-        loss.backward()
 
     def _look(self, inputs: Mapping[str, Tensor]) -> None:
         """Which layers receive the same activations, found out before the first pass with such inputs."""
         if frozenset(inputs) not in self._seen:
             self._seen.add(frozenset(inputs))
             self._siblings += share(self.model, lambda: self._runner.run(inputs))
-
-
-def _rows(found: Tensor, own: Tensor, anchor: Anchor) -> Tensor:
-    """One task's states in those of a joined batch, whose sequences are padded on the right."""
-    rows = found if bool(own.all()) else found[own]
-    return rows[:, : anchor.keep.shape[1]] if rows.ndim == 3 and anchor.keep.ndim == 2 else rows

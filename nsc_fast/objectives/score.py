@@ -54,7 +54,8 @@ def score(
     distances = {}
     with evaluating(model), adapted(model, updates):
         for task, own in tasks.items():
-            seen = [own.of_views(anchor, runner.states(anchor.inputs)) for anchor in own.batches]
+            own = own.to(runner.device)
+            seen = [own.of_views(a, a.tokens(runner.states(a.inputs))) for a in own.batches]
             views = [torch.cat(view).mean() for view in zip(*seen, strict=True)]
             distances[task] = float(torch.stack(views).mean())
     return Score(distances)

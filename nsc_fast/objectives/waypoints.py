@@ -22,12 +22,10 @@ from torch import Tensor, nn
 
 from ..memory import blocks_of
 from ..targets import tokens_of
+from .metric import FLOOR
 from .states import leaving
 
-__all__ = ["DIRECTIONS", "FLOOR", "Passing", "candidates", "directions", "project"]
-
-FLOOR = 0.1
-"""Share of W that is the same in all directions: what the adapter hardly moves must stay where it is."""
+__all__ = ["DIRECTIONS", "Passing", "candidates", "directions", "project"]
 
 _MAIN = _RANDOM = 64
 

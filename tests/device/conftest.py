@@ -8,11 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-_LATE = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
-if not _LATE:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import pytest  # noqa: E402
+import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 for folder in ("device", "", "architectures", "kernels/interp"):
@@ -21,8 +17,9 @@ for folder in ("device", "", "architectures", "kernels/interp"):
 import stand_in  # noqa: E402
 
 _WHY = None
-if _LATE:
-    _WHY = "triton was imported for compiling; run the folder by itself"
+if os.environ.get("TRITON_INTERPRET") != "1":
+    # Other tests take the CPU for the only device.
+    _WHY = "run it by itself: TRITON_INTERPRET=1 pytest tests/device"
 elif not stand_in.available():
     _WHY = "this torch takes no device written in Python"
 elif importlib.util.find_spec("triton") is None:

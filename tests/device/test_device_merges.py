@@ -7,7 +7,8 @@ import torch
 from architecture_checks import train
 from architecture_rows import ROWS
 
-from nsc_fast import merge_adapters
+from nsc_fast import merge_adapters, methods
+from nsc_fast.methods import MergeInputs
 
 DEVICES = ("cpu", stand_in.NAME)
 AUTO = {"scales": (0.2, 0.5), "data_free": ("iso_c", "knots_ties"), "anchored_steps": 2, "margin": 10.0}
@@ -119,3 +120,33 @@ def batches(rows=3):
     return {
         t: [tiny.token_batch(rows, 6, 3 * k + i, padding=2) for i in range(3)] for k, t in enumerate("ab")
     }
+
+
+@pytest.mark.parametrize("method", ["nsc", "anchored"])
+def test_a_step_hardly_waits_and_moves_only_its_data(method):
+    """What is the same in every step crosses once, and the host waits no more for many modules."""
+    waits, crossed = {}, {}
+    for blocks in (2, 6):
+        seen = []
+        model = tiny.tiny_llama(torch.float32, blocks=blocks)
+        raw = tiny.random_adapters(model, tiny.linear_names(model, LLAMA), {"a": 2, "b": 3})
+        one = {task: own[:1] for task, own in batches().items()}
+        chosen = methods.get(method)
+        chosen.run(
+            MergeInputs(
+                updates=tiny.canonical_adapters(raw),
+                model=model.to(stand_in.NAME),
+                data=one,
+                on_step=lambda _, seen=seen: seen.append((stand_in.WAITS.total(), stand_in.CROSSED["there"])),
+                impl="torch",
+            ),
+            chosen.parameters(steps=4),
+        )
+        (before, there), (after, then) = seen[1:3]
+        waits[blocks], crossed[blocks] = after - before, then - there
+    assert waits[2] == waits[6] <= 10
+    tokens = sum(int(own[0]["attention_mask"].sum()) for own in one.values())
+    data = sum(value.nbytes for own in one.values() for value in own[0].values())
+    # Last states of 32 numbers, and 64 of each of the blocks below the last.
+    states = 4 * tokens * (32 + 64 * 5) if method == "anchored" else 0
+    assert crossed[6] <= 1.3 * (data + states) + 1000

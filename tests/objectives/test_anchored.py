@@ -23,6 +23,7 @@ from nsc_fast.errors import MergeError
 from nsc_fast.layers import MergedLinear, install, remove
 from nsc_fast.methods import MergeInputs, anchored
 from nsc_fast.objectives.anchored import AnchoredObjective, anchors
+from nsc_fast.objectives.metric import metric_of
 from nsc_fast.objectives.score import score
 from nsc_fast.objectives.states import states
 
@@ -210,7 +211,30 @@ def test_padding_does_not_matter():
         batch["input_ids"] = torch.where(batch["attention_mask"] == 0, 9, batch["input_ids"])
     again = anchors(job.model, job.updates, job.data)
     for ours, theirs in zip(again["two"].metrics, fixed["two"].metrics, strict=True):
-        assert error(ours, theirs) < 1e-6
+        assert error(dense(ours), dense(theirs)) < 1e-6
+
+
+def dense(metric):
+    return metric.root @ metric.root.T + metric.floor * torch.eye(len(metric.root)).to(metric.root)
+
+
+@pytest.mark.parametrize("columns", [5, 8, 100])
+def test_the_metric_is_its_formula(columns, monkeypatch):
+    """What does not fit into the columns keeps its share of the trace."""
+    monkeypatch.setattr("nsc_fast.objectives.metric.DIRECTIONS", columns)
+    moved = torch.randn(50, 8, dtype=torch.float64) * torch.tensor([3.0, 2, 1, 1, 0.5, 0.1, 0.1, 0.01])
+    second = moved.T @ moved / len(moved)
+    values, vectors = torch.linalg.eigh(second)
+    share = values.sqrt() / values.sqrt().sum()
+    kept = share.clone()
+    kept[: max(8 - columns, 0)] = 0
+    wanted = vectors @ kept.diag() @ vectors.T + (0.1 + 1 - kept.sum()) / 8 * torch.eye(8).double()
+    wanted = wanted / (wanted * second).sum()
+    found = metric_of("one", moved)
+    assert found.root.shape == (8, min(columns, 8))
+    assert error(dense(found), wanted) < 1e-12
+    assert found.of(moved).mean().item() == pytest.approx(1.0, rel=1e-12)
+    assert error(found.of(moved), ((moved @ wanted) * moved).sum(1)) < 1e-12
 
 
 @pytest.mark.parametrize("granularity", ["core", "rank", "module", "layer", "task"])

@@ -87,7 +87,9 @@ def test_an_adapter_is_at_distance_zero_and_the_base_model_at_one():
             for anchor, batch in zip(fixed[task].batches, job.data[task], strict=True):
                 seen = leaves(job, {m: x.float() for m, x in deltas.items()}, batch, fixed[task].directions)
                 count = anchor.counts[0]
-                total += count * sum(float(fixed[task].way(anchor, n, h)) for n, h in seen.items())
+                total += count * sum(
+                    float(fixed[task].way(anchor, n, anchor.tokens(h))) for n, h in seen.items()
+                )
                 tokens += count
             assert total / tokens == pytest.approx(expected, abs=1e-5)
 

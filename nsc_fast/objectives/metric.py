@@ -1,0 +1,73 @@
+"""The metric by which last states are compared: the directions in which an adapter moves them.
+
+    W = S^1/2 / tr S^1/2 + FLOOR I / d,        S = E[(h* - h0)(h* - h0)^T],
+
+with ``h*`` the states under the adapter alone and ``h0`` those of the base model. W has d x d numbers for
+every task, so it is kept as ``R R^T + f I`` with at most :data:`DIRECTIONS` columns in R; what smaller
+eigenvalues have of the trace goes to all directions alike, into f. Up to d = :data:`DIRECTIONS` nothing is
+left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import MergeError
+
+__all__ = ["DIRECTIONS", "FLOOR", "Metric", "metric_of"]
+
+FLOOR = 0.1
+"""Share of W that is the same in all directions: what the adapter hardly moves must stay where it is."""
+
+DIRECTIONS = 1024
+"""Columns of R at most."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """W, scaled so that the base model has mean distance 1.
+
+    Attributes:
+        root: R ``(d, m)``.
+        floor: f.
+    """
+
+    root: Tensor
+    floor: float
+
+    def of(self, off: Tensor) -> Tensor:
+        """``x^T W x`` of every row x of ``off (N, d)``; ``(N,)``, differentiable."""
+        return (off @ self.root.to(off)).square().sum(1) + self.floor * off.square().sum(1)
+
+    def to(self, device: torch.device) -> Metric:
+        return Metric(self.root.to(device), self.floor)
+
+
+def metric_of(task: str, moved: Tensor) -> Metric:
+    """W of one task, whose adapter moves the states by ``moved (N, d)``.
+
+    Raises:
+        MergeError: none are moved, or states are not finite.
+    """
+    d = moved.shape[1]
+    second = (moved.T @ moved).double() / len(moved)
+    trace = float(second.diagonal().sum())
+    if not trace < float("inf"):
+        raise MergeError(f"the states of task {task!r} are not finite; load the base model in float32")
+    if trace == 0:
+        raise MergeError(
+            f"the adapter of task {task!r} changes nothing on its own rows; leave it out, or check its data"
+        )
+    values, vectors = torch.linalg.eigh(second)
+    values = values.clamp(min=0)
+    share = values.sqrt() / values.sqrt().sum()
+    # Ascending.
+    main = slice(max(d - DIRECTIONS, 0), None)
+    floor = (FLOOR + float(share[: main.start].sum())) / d
+    # E[x^T W x] = tr(W S).
+    mean = float((share * values)[main].sum()) + floor * trace
+    root = vectors[:, main] * (share[main] / mean).sqrt()
+    return Metric(root.to(moved.dtype).contiguous(), floor / mean)
