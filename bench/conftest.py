@@ -25,7 +25,10 @@ _CACHE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: ``ratio`` is the peer's median time over ours, ``spread`` its quartiles."""
+    """One comparison: ``ratio`` is the peer's median time over ours, ``low`` and ``high`` its quartiles.
+
+    ``milliseconds``: our median, of an accelerator; a CPU is shared, its times mean nothing by themselves.
+    """
 
     group: str
     case: str
@@ -36,6 +39,7 @@ class Row:
     goal: str
     rounds: int
     unit: str = "time of peer / ours"
+    milliseconds: float | None = None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,7 +68,11 @@ def size(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    name = request.config.getoption("--bench-device")
+    return _chosen(request.config)
+
+
+def _chosen(config: pytest.Config) -> torch.device:
+    name = config.getoption("--bench-device")
     if name == "auto":
         name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return torch.device(name)
@@ -105,16 +113,17 @@ def compare(benchmark, request, device, rounds, size) -> Compare:
             for name in order.sample(list(everything), len(everything)):
                 samples[name].append(_timed(everything[name], device))
         ratios = {}
+        own = None if device.type == "cpu" else 1e3 * statistics.median(samples["ours"])
         for peer in peers:
             each = [p / o for p, o in zip(samples[peer], samples["ours"], strict=True)]
             low, _, high = statistics.quantiles(each, n=4)
             ratios[peer] = statistics.median(samples[peer]) / statistics.median(samples["ours"])
             goal = (goals or {}).get(peer, "") if size == "cpu" else ""
-            row = Row(group, case, peer, ratios[peer], low, high, goal, rounds)
+            row = Row(group, case, peer, ratios[peer], low, high, goal, rounds, milliseconds=own)
             request.config.stash[RESULTS].append(row)
         benchmark.group = group
         benchmark.extra_info.update(case=case, **{f"{p} / ours": round(r, 3) for p, r in ratios.items()})
-        benchmark.pedantic(ours, rounds=max(rounds // 3, 1), warmup_rounds=0)
+        benchmark.pedantic(_finished, (ours, device), rounds=max(rounds // 3, 1), warmup_rounds=0)
         return ratios
 
     return run
@@ -131,6 +140,12 @@ def record(request: pytest.FixtureRequest, size: str) -> Callable[..., None]:
         request.config.stash[RESULTS].append(row)
 
     return run
+
+
+def _finished(call: Callable[[], object], device: torch.device) -> None:
+    call()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:
@@ -156,9 +171,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.write_line(table(rows))
     target = config.getoption("--save-results")
     if target is not None:
-        device = config.getoption("--bench-device")
         content = {
-            "provenance": provenance(config.getoption("--size"), device),
+            "provenance": provenance(config.getoption("--size"), _chosen(config)),
             "rows": [asdict(r) for r in rows],
         }
         path = Path(target)
@@ -182,13 +196,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def provenance(size: str, device: str) -> dict[str, object]:
-    accelerator = torch.accelerator.is_available()
+def provenance(size: str, device: torch.device) -> dict[str, object]:
     return {
         **environment(),
         "size": size,
-        "device": torch.cuda.get_device_name() if accelerator and torch.cuda.is_available() else "cpu",
-        "requested_device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "seed": SEED,
         "date": time.strftime("%Y-%m-%d"),

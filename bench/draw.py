@@ -47,6 +47,8 @@ def full_table(content: dict) -> str:
     ]
     for row in content["rows"]:
         value = f"{row['ratio']:.2f} | {row['low']:.2f} to {row['high']:.2f}"
+        if row.get("milliseconds") is not None:
+            value += f", ours {row['milliseconds']:.3g} ms"
         if row["unit"] != TIMES:
             value = f"{row['ratio']:.4g} {row['unit']} |"
         lines.append(f"| {_title(row)} | {row['case']} | {row['peer']} | {value} |")
