@@ -150,3 +150,29 @@ def test_a_step_hardly_waits_and_moves_only_its_data(method):
     # Last states of 32 numbers, and 64 of each of the blocks below the last.
     states = 4 * tokens * (32 + 64 * 5) if method == "anchored" else 0
     assert crossed[6] <= 1.3 * (data + states) + 1000
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_a_model_on_two_devices(method, tmp_path):
+    """As ``device_map`` spreads it, here over the device and the CPU: accelerate moves what goes across."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    def spread():
+        model = tiny.tiny_llama()
+        there = [model.model.embed_tokens, model.model.rotary_emb, *model.model.layers[:2]]
+        for module in (*there, *model.model.layers[2:], model.model.norm, model.lm_head):
+            place = stand_in.NAME if module in there else "cpu"
+            add_hook_to_module(module, AlignDevicesHook(place, place_submodules=True))
+        return model
+
+    paths = train(tiny.tiny_llama(), LLAMA, tmp_path)
+    found = []
+    for build in (tiny.tiny_llama, spread):
+        torch.manual_seed(0)
+        own = PARAMETERS[method]
+        found.append(
+            merge_adapters(build(), paths, batches(), method=method, parameters=own, base_name="base")
+        )
+    for module, update in found[0].updates.items():
+        expected = update.dense()
+        assert (found[1].updates[module].dense() - expected).abs().max() <= 1e-6 * expected.abs().max()
