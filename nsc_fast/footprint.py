@@ -269,7 +269,7 @@ class FakeMerge:
         return Growth(blocks_of(self._model, modules), self._kinds, live)
 
     def _distance(self, inputs: dict[str, Tensor]) -> Tensor:
-        """A loss of the last states, with tensors like those of :mod:`nsc_fast.objectives.anchored`."""
+        """A loss of the last states, with tensors like those of :mod:`nsc_fast.objectives.anchors`."""
         found = states(self._runner(**inputs, **self._options))
         wide = torch.float64 if found.dtype == torch.float64 else torch.float32
         off = found.reshape(-1, found.shape[-1]).to(wide) - torch.zeros((), dtype=wide)

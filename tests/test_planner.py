@@ -18,7 +18,8 @@ from nsc_fast.footprint import FakeMerge
 from nsc_fast.layers import install
 from nsc_fast.memory import LiveBytes, checkpointed
 from nsc_fast.monitor import TokenBatch
-from nsc_fast.objectives.anchored import AnchoredObjective, anchors
+from nsc_fast.objectives.anchored import AnchoredObjective
+from nsc_fast.objectives.anchors import anchors
 from nsc_fast.objectives.waypoints import DIRECTIONS
 from nsc_fast.ops import merged_linear, torch_steps
 from nsc_fast.planner import RESERVE, Choice, Plan

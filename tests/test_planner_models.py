@@ -15,7 +15,8 @@ from nsc_fast.errors import MergeError
 from nsc_fast.footprint import FakeMerge
 from nsc_fast.layers import install, stack_adapters
 from nsc_fast.memory import LiveBytes, blocks_of, checkpointed
-from nsc_fast.objectives.anchored import AnchoredObjective, anchors
+from nsc_fast.objectives.anchored import AnchoredObjective
+from nsc_fast.objectives.anchors import anchors
 from nsc_fast.objectives.least_squares import second_moments
 from nsc_fast.planner import Choice, Plan
 from nsc_fast.recipe import make_recipe

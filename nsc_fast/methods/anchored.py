@@ -1,6 +1,6 @@
 """Anchored merging: the merged model reproduces what each adapter alone makes of its own task's rows.
 
-What is minimised is the distance of :mod:`nsc_fast.objectives.anchored`, half of it on the way
+What is minimised is the distance of :mod:`nsc_fast.objectives.anchors`, half of it on the way
 (:mod:`nsc_fast.objectives.waypoints`), over merge coefficients or over the cores between the stacked factors.
 It starts at task arithmetic.
 """
@@ -18,7 +18,8 @@ from ..checkpoint import digest
 from ..driver import check_data, minimise, restored
 from ..layers import install, model_device, remove, stack_adapters
 from ..memory import checkpointed
-from ..objectives.anchored import Anchor, AnchoredObjective, Anchors, anchors
+from ..objectives.anchored import AnchoredObjective
+from ..objectives.anchors import Anchor, Anchors, anchors
 from ..parameters import Descent, Memory
 from ..result import MergeResult
 from ..sharding import InStep, is_sharded
@@ -133,7 +134,7 @@ METHOD = Method(
     parameters=Parameters,
     run=run,
     needs_data=True,
-    paper="the adapters' own states as targets, without labels; see nsc_fast.objectives.anchored",
+    paper="the adapters' own states as targets, without labels; see nsc_fast.objectives.anchors",
     output_rank="sum of ranks",
     cost="forward and backward passes over unlabeled data, two forward passes for the anchors",
     sharded_base=True,

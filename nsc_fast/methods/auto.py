@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from ..batches import Batch, rows
 from ..driver import check_data
 from ..errors import MergeError
-from ..objectives.anchored import Anchors, anchors
+from ..objectives.anchors import Anchors, anchors
 from ..objectives.least_squares import second_moments
 from ..objectives.score import Score, held_out, score
 from ..parameters import Memory

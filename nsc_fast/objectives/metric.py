@@ -3,9 +3,9 @@
     W = S^1/2 / tr S^1/2 + FLOOR I / d,        S = E[(h* - h0)(h* - h0)^T],
 
 with ``h*`` the states under the adapter alone and ``h0`` those of the base model. W has d x d numbers for
-every task, so it is kept as ``R R^T + f I`` with at most :data:`DIRECTIONS` columns in R; what smaller
-eigenvalues have of the trace goes to all directions alike, into f. Up to d = :data:`DIRECTIONS` nothing is
-left out.
+every task, so it is kept as ``R R^T + f I`` with at most :data:`DIRECTIONS` columns in R, of the largest
+eigenvalues; what the others have of the trace of W goes to all directions alike, into f. Up to
+d = :data:`DIRECTIONS` there are none.
 """
 
 from __future__ import annotations
@@ -46,14 +46,18 @@ class Metric:
         return Metric(self.root.to(device), self.floor)
 
 
-def metric_of(task: str, moved: Tensor) -> Metric:
-    """W of one task, whose adapter moves the states by ``moved (N, d)``.
+def metric_of(task: str, second: Tensor, dtype: torch.dtype) -> Metric:
+    """W of one task.
+
+    Args:
+        task: name, for messages.
+        second: S ``(d, d)`` float64, the second moments of how far its adapter moves the states.
+        dtype: of R.
 
     Raises:
-        MergeError: none are moved, or states are not finite.
+        MergeError: no states are moved, or some are not finite.
     """
-    d = moved.shape[1]
-    second = (moved.T @ moved).double() / len(moved)
+    d = len(second)
     trace = float(second.diagonal().sum())
     if not trace < float("inf"):
         raise MergeError(f"the states of task {task!r} are not finite; load the base model in float32")
@@ -65,9 +69,9 @@ def metric_of(task: str, moved: Tensor) -> Metric:
     values = values.clamp(min=0)
     share = values.sqrt() / values.sqrt().sum()
     # Ascending.
-    main = slice(max(d - DIRECTIONS, 0), None)
-    floor = (FLOOR + float(share[: main.start].sum())) / d
+    others, largest = slice(max(d - DIRECTIONS, 0)), slice(max(d - DIRECTIONS, 0), None)
+    floor = (FLOOR + float(share[others].sum())) / d
     # E[x^T W x] = tr(W S).
-    mean = float((share * values)[main].sum()) + floor * trace
-    root = vectors[:, main] * (share[main] / mean).sqrt()
-    return Metric(root.to(moved.dtype).contiguous(), floor / mean)
+    mean = float((share * values)[largest].sum()) + floor * trace
+    root = vectors[:, largest] * (share[largest] / mean).sqrt()
+    return Metric(root.to(dtype).contiguous(), floor / mean)

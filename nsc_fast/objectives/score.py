@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..batches import Batch, cut, rows
 from ..factors import LowRankUpdate
 from ..packing import divisible
-from .anchored import Anchors
+from .anchors import Anchors
 from .running import adapted, evaluating
 from .states import StatesRunner
 
@@ -20,7 +20,7 @@ __all__ = ["Score", "held_out", "score"]
 
 @dataclass(frozen=True)
 class Score:
-    """Distances of one merge; see :mod:`nsc_fast.objectives.anchored`.
+    """Distances of one merge; see :mod:`nsc_fast.objectives.anchors`.
 
     Attributes:
         distances: task -> distance to the task's adapter alone, 1 for the base model.

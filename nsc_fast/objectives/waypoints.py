@@ -6,7 +6,7 @@ under the base model), the way of a merge is
 
     mean_b  E |F_b^T (h_b - h_b*)|^2 / E |F_b^T (h_b0 - h_b*)|^2
 
-over the blocks below the last one. ``F F^T`` stands for the metric W of :mod:`nsc_fast.objectives.anchored`:
+over the blocks below the last one. ``F F^T`` stands for the metric W of :mod:`nsc_fast.objectives.anchors`:
 ``F = [U s^(1/4), c G]`` with the largest eigenvalues s of ``E[(h_b* - h_b0)(h_b* - h_b0)^T]``, their vectors
 U, and random directions G in place of what W adds to all. So a token is kept as a few numbers a block, not d.
 """

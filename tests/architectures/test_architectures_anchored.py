@@ -10,7 +10,7 @@ from architecture_rows import ROWS, text
 from nsc_fast import methods, read_adapter
 from nsc_fast.errors import MergeError
 from nsc_fast.methods import MergeInputs, anchored, auto, closed_form
-from nsc_fast.objectives.anchored import anchors
+from nsc_fast.objectives.anchors import anchors
 from nsc_fast.objectives.least_squares import second_moments
 from nsc_fast.objectives.running import adapted, evaluating, watched
 from nsc_fast.objectives.score import score

@@ -9,7 +9,8 @@ from nsc_fast.driver import Driver
 from nsc_fast.errors import MergeError
 from nsc_fast.factors import canonical
 from nsc_fast.layers import install, remove
-from nsc_fast.objectives.anchored import AnchoredObjective, anchors
+from nsc_fast.objectives.anchored import AnchoredObjective
+from nsc_fast.objectives.anchors import anchors
 from nsc_fast.objectives.score import held_out
 from nsc_fast.packing import divisible, parts, whole_of
 from nsc_fast.processes import share

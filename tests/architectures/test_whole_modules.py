@@ -152,7 +152,7 @@ def test_cores_are_refused_before_the_long_part(llava, method, monkeypatch):
     data = {task: [ROW.inputs(i)] for i, task in enumerate(adapters)}
     told = f"method '{method}'.* has no coefficients.*multi_modal_projector"
     with monkeypatch.context() as patch, pytest.raises(MergeError, match=told):
-        patch.setattr("nsc_fast.objectives.anchored.StatesRunner.run", lambda *_: pytest.fail("it ran"))
+        patch.setattr("nsc_fast.objectives.anchors.StatesRunner.run", lambda *_: pytest.fail("it ran"))
         merge_adapters(model, adapters, data, method=method, base_name="llava")
     how = {"granularity": "module", "steps": 1}
     result = merge_adapters(model, adapters, data, method="anchored", parameters=how, base_name="llava")

@@ -22,7 +22,8 @@ from torch.func import functional_call
 from nsc_fast.errors import MergeError
 from nsc_fast.layers import MergedLinear, install, remove
 from nsc_fast.methods import MergeInputs, anchored
-from nsc_fast.objectives.anchored import AnchoredObjective, anchors
+from nsc_fast.objectives.anchored import AnchoredObjective
+from nsc_fast.objectives.anchors import anchors
 from nsc_fast.objectives.metric import metric_of
 from nsc_fast.objectives.score import score
 from nsc_fast.objectives.states import states
@@ -228,9 +229,10 @@ def test_the_metric_is_its_formula(columns, monkeypatch):
     share = values.sqrt() / values.sqrt().sum()
     kept = share.clone()
     kept[: max(8 - columns, 0)] = 0
-    wanted = vectors @ kept.diag() @ vectors.T + (0.1 + 1 - kept.sum()) / 8 * torch.eye(8).double()
+    wanted = vectors @ kept.diag() @ vectors.T
+    wanted.diagonal().add_((0.1 + 1 - kept.sum()) / 8)
     wanted = wanted / (wanted * second).sum()
-    found = metric_of("one", moved)
+    found = metric_of("one", second, torch.float64)
     assert found.root.shape == (8, min(columns, 8))
     assert error(dense(found), wanted) < 1e-12
     assert found.of(moved).mean().item() == pytest.approx(1.0, rel=1e-12)

@@ -9,7 +9,7 @@ from tiny import canonical_adapters, linear_names, random_adapters, tiny_bert, t
 from nsc_fast import methods
 from nsc_fast.errors import MergeError
 from nsc_fast.methods import MergeInputs, auto
-from nsc_fast.objectives.anchored import anchors
+from nsc_fast.objectives.anchors import anchors
 from nsc_fast.objectives.score import Score, held_out, score
 
 RANKS = {"one": 2, "two": 3}

@@ -9,7 +9,7 @@ from test_anchored import MODELS, RANKS, Job, check_gradients_of_the_cores
 from tiny import canonical_adapters, linear_names, random_adapters, tiny_llama
 
 from nsc_fast.errors import MergeError
-from nsc_fast.objectives.anchored import anchors
+from nsc_fast.objectives.anchors import anchors
 from nsc_fast.objectives.states import leaving
 from nsc_fast.objectives.waypoints import DIRECTIONS, Passing, directions
 
