@@ -32,6 +32,7 @@ from .layers import Installation, features, install, remove, stack_adapters
 from .memory import LiveBytes, Recompute, blocks_of, checkpointed
 from .monitor import TokenBatch
 from .objectives.least_squares import Projections
+from .objectives.metric import COLUMNS, Metric
 from .objectives.states import states
 from .row_inputs import RowInputs
 from .shortened import Growth, fill, shorten
@@ -273,7 +274,8 @@ class FakeMerge:
         found = states(self._runner(**inputs, **self._options))
         wide = torch.float64 if found.dtype == torch.float64 else torch.float32
         off = found.reshape(-1, found.shape[-1]).to(wide) - torch.zeros((), dtype=wide)
-        return ((off @ off.new_empty(off.shape[1], off.shape[1])) * off).sum(1).mean()
+        d = off.shape[1]
+        return Metric(off.new_empty(d, min(d, COLUMNS)), 1.0).of(off).mean()
 
     def _adapters(self) -> dict[str, dict[str, LowRankUpdate]]:
         out: dict[str, dict[str, LowRankUpdate]] = {}

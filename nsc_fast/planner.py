@@ -10,7 +10,7 @@ from functools import cached_property
 from .errors import MergeError
 from .footprint import FakeMerge, Footprint, Objective
 from .memory import Recompute, readable_bytes
-from .objectives.metric import DIRECTIONS as METRIC_DIRECTIONS
+from .objectives.metric import COLUMNS
 from .objectives.waypoints import DIRECTIONS
 from .recipe import Recipe
 from .workload import Workload, workload
@@ -112,7 +112,7 @@ class _Costs:
         columns = work.waypoints * min(DIRECTIONS, 2 * width)
         # Of a row, and of all tasks; in float32.
         self.way = 4 * columns * entries // max(width, 1)
-        self.constants = 4 * len(work.ranks) * width * (2 * min(METRIC_DIRECTIONS, width) + columns)
+        self.constants = 4 * len(work.ranks) * width * (2 * min(COLUMNS, width) + columns)
         self._runs: dict[tuple[int, int, Recompute], Footprint] = {}
         self._base: dict[int, int] = {}
 

@@ -1,6 +1,7 @@
 """A folder with a tiny base model, its tokenizer, three adapters and their data, as a user would have it."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,20 @@ def workshop(tmp_path_factory) -> Path:
         "parameters: {steps: 6, learning_rate: 1e-2, scope: {filter: v_proj}}\n"
     )
     return folder
+
+
+@contextmanager
+def interrupted_after(steps, monkeypatch):
+    """Whoever optimises in here presses Ctrl-C when so many steps are done."""
+    from nsc_fast import loop
+
+    step = loop.Recorder.step
+
+    def pressed(self, history, ended):
+        step(self, history, ended)
+        if len(history) == steps:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Recorder, "step", pressed)
+        yield

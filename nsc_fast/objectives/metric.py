@@ -3,9 +3,9 @@
     W = S^1/2 / tr S^1/2 + FLOOR I / d,        S = E[(h* - h0)(h* - h0)^T],
 
 with ``h*`` the states under the adapter alone and ``h0`` those of the base model. W has d x d numbers for
-every task, so it is kept as ``R R^T + f I`` with at most :data:`DIRECTIONS` columns in R, of the largest
+every task, so it is kept as ``R R^T + f I`` with at most :data:`COLUMNS` columns in R, of the largest
 eigenvalues; what the others have of the trace of W goes to all directions alike, into f. Up to
-d = :data:`DIRECTIONS` there are none.
+d = :data:`COLUMNS` there are none.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..errors import MergeError
 
-__all__ = ["DIRECTIONS", "FLOOR", "Metric", "metric_of"]
+__all__ = ["COLUMNS", "FLOOR", "Metric", "metric_of"]
 
 FLOOR = 0.1
 """Share of W that is the same in all directions: what the adapter hardly moves must stay where it is."""
 
-DIRECTIONS = 1024
+COLUMNS = 1024
 """Columns of R at most."""
 
 
@@ -69,7 +69,7 @@ def metric_of(task: str, second: Tensor, dtype: torch.dtype) -> Metric:
     values = values.clamp(min=0)
     share = values.sqrt() / values.sqrt().sum()
     # Ascending.
-    others, largest = slice(max(d - DIRECTIONS, 0)), slice(max(d - DIRECTIONS, 0), None)
+    others, largest = slice(max(d - COLUMNS, 0)), slice(max(d - COLUMNS, 0), None)
     floor = (FLOOR + float(share[others].sum())) / d
     # E[x^T W x] = tr(W S).
     mean = float((share * values)[largest].sum()) + floor * trace

@@ -7,9 +7,8 @@ import stand_in
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
-from workshop import workshop  # noqa: F401
+from workshop import interrupted_after, workshop  # noqa: F401
 
-from nsc_fast import loop
 from nsc_fast.cli import app
 
 METHODS = {
@@ -64,15 +63,7 @@ def test_resumed_with_the_same_bits(method, workshop, tmp_path, monkeypatch):  #
         return ("merge", workshop / "recipe.yaml", tmp_path / out, *own)
 
     run(*arguments("whole"))
-    step = loop.Recorder.step
-
-    def interrupted(self, history, ended):
-        step(self, history, ended)
-        if len(history) == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Recorder, "step", interrupted)
+    with interrupted_after(3, monkeypatch):
         assert CliRunner().invoke(app, [str(a) for a in arguments("parts")]).exit_code == 130
     run(*arguments("parts"), "--resume")
     whole, parts = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("whole", "parts"))

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
+from workshop import interrupted_after
 
 from nsc_fast import merge, merge_adapters
 from nsc_fast.adapters import AdapterError, read_adapter
@@ -172,20 +173,10 @@ def test_ctrl_c_says_how_to_go_on_and_that_works(workshop, tmp_path):
 
 
 def test_an_interrupted_output_is_replaced(workshop, tmp_path, monkeypatch):
-    from nsc_fast import loop
-
     out = tmp_path / "out"
     arguments = ("merge", workshop / "recipe.yaml", out, "--device", "cpu", "--no-verify")
     arguments += ("--set", "signal_rows=0", "--checkpoint-every", "2")
-    step = loop.Recorder.step
-
-    def interrupted(self, history, ended):
-        step(self, history, ended)
-        if len(history) == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Recorder, "step", interrupted)
+    with interrupted_after(3, monkeypatch):
         code, output = run(*arguments)
     assert code == 130 and "to go on: " in output
     assert len((out / "nsc_fast" / "metrics.jsonl").read_text().splitlines()) == 3

@@ -222,7 +222,7 @@ def dense(metric):
 @pytest.mark.parametrize("columns", [5, 8, 100])
 def test_the_metric_is_its_formula(columns, monkeypatch):
     """What does not fit into the columns keeps its share of the trace."""
-    monkeypatch.setattr("nsc_fast.objectives.metric.DIRECTIONS", columns)
+    monkeypatch.setattr("nsc_fast.objectives.metric.COLUMNS", columns)
     moved = torch.randn(50, 8, dtype=torch.float64) * torch.tensor([3.0, 2, 1, 1, 0.5, 0.1, 0.1, 0.01])
     second = moved.T @ moved / len(moved)
     values, vectors = torch.linalg.eigh(second)
