@@ -110,10 +110,14 @@ class Coefficients(nn.Module):
         out = []
         for module, present in self._present.items():
             if index in present:
-                wide = self.granularity in ("rank", "core")
-                sizes = self._ranks[module] if wide else [1] * len(present)
-                out.append(_diagonal(self.of(module)).split(sizes)[present.index(index)])
+                out.append(_diagonal(self.of(module)).split(self._sizes(module))[present.index(index)])
         return out
+
+    def _sizes(self, module: str) -> list[int]:
+        """How many coefficients, or entries of a core's diagonal, each task has at the module."""
+        if self.granularity in ("rank", "core"):
+            return self._ranks[module]
+        return [1] * len(self._present[module])
 
     def by_module(self) -> dict[str, Tensor]:
         """Detached copies for every module, on the CPU."""
@@ -121,14 +125,12 @@ class Coefficients(nn.Module):
 
     def table(self) -> dict[str, dict[str, float]]:
         """Module -> task -> coefficient (mean over singular directions for "rank" and "core"), for logs."""
-        values = self.by_module()
-        # One copy to the host for all modules.
-        numbers = iter(torch.cat([_diagonal(value) for value in values.values()]).tolist())
+        # One copy to the host for all modules, of the numbers that are told.
+        numbers = iter(torch.cat([_diagonal(self.of(module).detach()) for module in self._group]).tolist())
         out = {}
-        for module in values:
+        for module in self._group:
             names = [self.tasks[i] for i in self._present[module]]
-            sizes = self._ranks[module] if self.granularity in ("rank", "core") else [1] * len(names)
-            means = [fmean(islice(numbers, size)) for size in sizes]
+            means = [fmean(islice(numbers, size)) for size in self._sizes(module)]
             out[module] = dict(zip(names, means, strict=True))
         return out
 

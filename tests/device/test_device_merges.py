@@ -138,7 +138,7 @@ def test_a_step_hardly_waits_and_moves_only_its_data(method):
                 on_step=lambda _, seen=seen: seen.append((stand_in.WAITS.total(), stand_in.CROSSED["there"])),
                 impl="torch",
             ),
-            chosen.parameters(steps=4),
+            chosen.parameters(steps=4, log_coefficients_every=1),
         )
         (before, there), (after, then) = seen[1:3]
         waits[blocks], crossed[blocks] = after - before, then - there
