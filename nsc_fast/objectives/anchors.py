@@ -242,14 +242,12 @@ def _anchor(
 def _metrics(runner: StatesRunner, task: str, there: Sequence[Anchor]) -> list[Metric]:
     """Of every view; the model is the base model now."""
     sums: list[Tensor] = []
-    counts: list[int] = []
     for anchor in there:
         views = anchor.views(anchor.tokens(runner.states(anchor.inputs)))
         more = [(off.T @ off).cpu().double() for off in views]
         sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
-        rows = [len(off) for off in views]
-        counts = [a + b for a, b in zip(counts, rows, strict=True)] if counts else rows
-    return [metric_of(task, s / n, views[0].dtype) for s, n in zip(sums, counts, strict=True)]
+    counts = map(sum, zip(*(anchor.counts for anchor in there), strict=True))
+    return [metric_of(task, s / n, views[0].dtype) for s, n in zip(sums, counts, strict=False)]
 
 
 def _directions(

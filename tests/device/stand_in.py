@@ -34,7 +34,7 @@ RAN: Counter[str] = Counter()
 """Operation -> how often it ran on the device."""
 
 _aten = torch.ops.aten
-_COPIES = {_aten.copy_.default, _aten._to_copy.default, _aten._copy_from.default}
+_COPIES = {_aten.copy_.default, _aten._to_copy.default}
 _INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
 _WAITING = (
     "_local_scalar_dense",
@@ -142,30 +142,28 @@ def _count_indices(indices: Any) -> None:
 
 
 def _copy(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    source = args[0] if operation is _aten._to_copy.default else args[1]
     if operation is _aten.copy_.default:
-        target, there = args[0], isinstance(args[0], There)
-    else:
-        target = None
-        there = torch.device(kwargs.get("device") or source.device).type == NAME
-    if there != isinstance(source, There):
-        CROSSED["there" if there else "back"] += source.nbytes
-        if not there:
-            WAITS["copy to the host"] += 1
-    if target is not None:
-        here(target).copy_(here(source))
-        return target
+        return _copy_from(args[1], args[0])
+    (source,) = args
+    there = torch.device(kwargs.get("device") or source.device).type == NAME
+    _count_copy(source, there)
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
-    # A copy, always: without a change of dtype the CPU would be asked for one on itself.
     out = operation(here(source), **kwargs)
     return There(out) if there else out
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    CROSSED["there" if isinstance(target, There) else "back"] += source.nbytes
+    _count_copy(source, isinstance(target, There))
     here(target).copy_(here(source))
     return target
+
+
+def _count_copy(source: Tensor, there: bool) -> None:
+    if there != isinstance(source, There):
+        CROSSED["there" if there else "back"] += source.nbytes
+        if not there:
+            WAITS["copy to the host"] += 1
 
 
 def _number(tensor: There) -> Any:
