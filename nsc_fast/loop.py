@@ -1,4 +1,4 @@
-"""The optimisation loop: AdamW on the coefficients of an objective, in one process or in many."""
+"""The optimisation loop on the coefficients or cores of an objective, in one process or in many."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .checkpoint import Checkpoints, Recorder, Stateful, digest
 from .layers import Installation
 from .parameters import Descent
 from .processes import Processes, Shared
+from .soap import SOAP
 
 __all__ = ["Objective", "StepRecord", "Stream", "minimise"]
 
@@ -74,7 +75,7 @@ def minimise(
     checkpoints: Checkpoints | None = None,
     processes: Processes | None = None,
 ) -> tuple[list[StepRecord], bool]:
-    """The loop: AdamW on the coefficients of ``driver``, until the steps are done or nothing is left to do.
+    """The loop: until the steps are done or nothing is left to do. AdamW on coefficients, SOAP on cores.
 
     Args:
         driver: the objective.
@@ -89,7 +90,8 @@ def minimise(
         does not; among several processes none waits.
     """
     coefficients = driver.installation.coefficients
-    optimizer = torch.optim.AdamW(
+    kind = SOAP if coefficients.granularity == "core" else torch.optim.AdamW
+    optimizer = kind(
         coefficients.parameters(), lr=parameters.learning_rate, weight_decay=parameters.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, parameters.rate_at)

@@ -32,11 +32,11 @@ class EarlyStopping(Strict):
 
 
 class Descent(Strict):
-    """AdamW on merge coefficients: what all methods that optimise have in common.
+    """Descent on merge coefficients, or on cores: what all methods that optimise have in common.
 
     Attributes:
         steps: optimisation steps, each with one batch of every task.
-        learning_rate, weight_decay: of AdamW.
+        learning_rate, weight_decay: of AdamW, or of SOAP where cores are optimised (:mod:`nsc_fast.soap`).
         schedule, warmup_steps: of the learning rate.
         preferences: weight of every task, normalised.
         log_coefficients_every: steps between two records of the coefficients in the history.

@@ -13,6 +13,7 @@ from .memory import Recompute, readable_bytes
 from .objectives.metric import COLUMNS
 from .objectives.waypoints import DIRECTIONS
 from .recipe import Recipe
+from .soap import SQUARE
 from .workload import Workload, workload
 
 __all__ = ["RESERVE", "Choice", "Need", "Plan", "make_plan"]
@@ -230,13 +231,13 @@ class Plan:
     def fixed(self) -> int:
         """Bytes on the device that no choice changes: weights, factors in float32, the reserve.
 
-        And cores with their gradients and the optimiser's moments, and of every task the metrics of two views
+        And cores with their gradients and the optimiser's state, and of every task the metrics of two views
         of the states and the directions of the waypoints. For second moments, the factors of one task at a
         time and its sums.
         """
         costs = self._costs
         factors = costs.moments[0] if self.work.objective == "moments" else 4 * costs.factors
-        more = 16 * self.work.core_numbers + costs.constants
+        more = 4 * SQUARE * self.work.core_numbers + costs.constants
         return self.work.weight_bytes + factors + more + RESERVE
 
     def _active(self, choice: Choice, rows: int, length: int) -> tuple[float, float]:

@@ -37,6 +37,7 @@ FLOORS = {
         "monitor",
         "packing",
         "siblings",
+        "soap",
         "targets",
     ],
     4: [

@@ -44,7 +44,7 @@ class Parameters(Descent, Memory):
     granularity: Literal["core", "rank", "module", "layer", "task"] = "core"
     rows: int = Field(256, ge=1)
     steps: int = Field(200, ge=1)
-    learning_rate: float = Field(5e-3, gt=0)
+    learning_rate: float = Field(1e-2, gt=0)
     waypoints: bool = True
     init: float = 0.4
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

@@ -50,7 +50,7 @@ class Parameters(Memory):
     scales: tuple[float, ...] = Field((0.2, 0.3, 0.4, 0.5, 0.7), min_length=1)
     closed_form_scales: tuple[float, ...] = (1.0, 1.3, 1.6)
     anchored_steps: int = Field(200, ge=0)
-    anchored_rate: float = Field(5e-3, gt=0)
+    anchored_rate: float = Field(1e-2, gt=0)
     anchored_waypoints: bool = True
     margin: float = Field(0.8, ge=0)
     signal_rows: int = Field(32, ge=0)
