@@ -72,7 +72,8 @@ class SOAP(torch.optim.Optimizer):
             state["step"] = 0
             state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             for side, own in enumerate(_products(gradient)):
-                state[f"moment{side}"], state[f"basis{side}"] = own, torch.eye(len(own)).to(own)
+                identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
+                state[f"moment{side}"], state[f"basis{side}"] = own, identity
                 _refine(state, side)
         state["step"] = step = state["step"] + 1
         state["mean"].lerp_(gradient, 1 - slow)

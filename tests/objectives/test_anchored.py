@@ -19,6 +19,8 @@ from tiny import (
 )
 from torch.func import functional_call
 
+from nsc_fast import loop
+from nsc_fast.checkpoint import Checkpoints
 from nsc_fast.errors import MergeError
 from nsc_fast.layers import MergedLinear, install, remove
 from nsc_fast.methods import MergeInputs, anchored
@@ -251,6 +253,44 @@ def test_the_distance_goes_down_and_the_model_comes_back(granularity):
     assert frozen == [p.requires_grad for p in job.model.parameters()]
     assert (result.coefficients is None) == (granularity == "core")
     assert result.measure != "null-space ratio"
+
+
+@pytest.mark.parametrize("granularity", ["core", "rank"])
+def test_an_interrupted_descent_goes_on_with_the_same_bits(tmp_path, granularity):
+    class Interrupted(Exception):
+        pass
+
+    def run(checkpoints=None, stop_at=None):
+        def on_step(record):
+            if record.step == stop_at:
+                raise Interrupted
+
+        job = Job(dtype=torch.float32)
+        inputs = MergeInputs(
+            updates=job.updates, model=job.model, data=job.data, checkpoints=checkpoints, on_step=on_step
+        )
+        parameters = anchored.Parameters(granularity=granularity, steps=14, signal_rows=0)
+        return anchored.METHOD.run(inputs, parameters)
+
+    whole = run()
+    with pytest.raises(Interrupted):
+        run(Checkpoints(tmp_path / "run", 4), stop_at=11)
+    notices = []
+    resumed = run(Checkpoints(tmp_path / "run", 4, resume=True, on_notice=notices.append))
+    assert notices == ["going on after step 8"]
+    assert resumed.history == whole.history
+    for module, update in whole.updates.items():
+        assert torch.equal(resumed.updates[module].columns, update.columns)
+
+
+@pytest.mark.parametrize("granularity", ["core", "rank", "task"])
+def test_cores_are_descended_by_soap_and_coefficients_by_adamw(monkeypatch, granularity):
+    made = []
+    for owner, name in ((loop, "SOAP"), (torch.optim, "AdamW")):
+        kind = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _n=name, _k=kind, **k: made.append(_n) or _k(*a, **k))
+    Job().run(granularity=granularity, steps=1, signal_rows=0)
+    assert made == ["SOAP" if granularity == "core" else "AdamW"]
 
 
 def test_the_merged_update_is_what_was_optimised():
