@@ -1,8 +1,8 @@
 """Anchored merging: the merged model reproduces what each adapter alone makes of its own task's rows.
 
 What is minimised is the distance of :mod:`nsc_fast.objectives.anchors`, half of it on the way
-(:mod:`nsc_fast.objectives.waypoints`), over merge coefficients, by AdamW, or over the cores between the stacked
-factors, by SOAP (:mod:`nsc_fast.soap`). It starts at task arithmetic.
+(:mod:`nsc_fast.objectives.waypoints`), over merge coefficients, by AdamW, or over the cores between the
+stacked factors, by SOAP (:mod:`nsc_fast.soap`). It starts at task arithmetic.
 """
 
 from __future__ import annotations
