@@ -110,4 +110,7 @@ def _refine(state: dict[str, Any], side: int) -> None:
     # Directions that no gradient has seen stay what they were, instead of what rounding makes of them.
     product += SHIFT * seen.mean() * basis
     state["square"] = state["square"].index_select(side, order)
-    state[f"basis{side}"] = torch.linalg.qr(product.index_select(1, order)).Q
+    product = product.index_select(1, order)
+    # Metal has no QR decomposition in many versions of torch.
+    where = torch.device("cpu") if product.device.type == "mps" else product.device
+    state[f"basis{side}"] = torch.linalg.qr(product.to(where)).Q.to(product.device)
