@@ -44,11 +44,11 @@ PAPER = {"steps": 100, "learning_rate": 1e-3, "init": 0.4}
 BASE = "base, no adapter"
 NSC = "NSC"
 AUTO = "auto"
-AUTO_STEPS, AUTO_RATE = 40, 2e-2
+AUTO_STEPS, AUTO_RATE = 30, 2e-2
 """Of the optimisation inside ``auto``: fewer and larger steps than its defaults, which take minutes."""
 BATCH = {NSC: 4, AUTO: 8}
 """Unlabeled rows of a task in a step. These, ``AUTO_STEPS`` and ``TEST_ROWS`` bound the demo's time."""
-TEST_ROWS = 200
+TEST_ROWS = 160
 SEED = 0
 
 
