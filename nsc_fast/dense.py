@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .coefficients import Coefficients
+from .dtypes import compute_dtype
 from .errors import MergeError
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def merge_dense(
                 for task, own in deltas.items():
                     if path in own:
                         wide += chosen[task] * own[path].to("cpu", torch.float64)
-                merged = wide.to(torch.float64 if merged.dtype == torch.float64 else torch.float32)
+                merged = wide.to(compute_dtype(merged.dtype))
             modules[owner][name] = merged
     return DenseMerge(modules, chosen)
 

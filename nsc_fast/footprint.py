@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from .batches import token_batch
 from .coefficients import Granularity
 from .driver import Driver, backbone, forward_options
+from .dtypes import compute_dtype
 from .errors import MergeError
 from .factors import LowRankUpdate
 from .layers import Installation, features, install, remove, stack_adapters
@@ -272,7 +273,7 @@ class FakeMerge:
     def _distance(self, inputs: dict[str, Tensor]) -> Tensor:
         """A loss of the last states, with tensors like those of :mod:`nsc_fast.objectives.anchors`."""
         found = states(self._runner(**inputs, **self._options))
-        wide = torch.float64 if found.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(found.dtype)
         off = found.reshape(-1, found.shape[-1]).to(wide) - torch.zeros((), dtype=wide)
         d = off.shape[1]
         return Metric(off.new_empty(d, min(d, COLUMNS)), 1.0).of(off).mean()

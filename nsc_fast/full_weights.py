@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter
 from .checkpoint_files import Entry, Stored, stored_names
+from .dtypes import compute_dtype
 from .errors import MergeError
 from .recipe import BaseSpec
 
@@ -37,7 +38,7 @@ def updates_of(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
     """Name in the model -> update of that weight, in float32 (float64 factors stay)."""
     out = {}
     for path, factors in adapter.modules.items():
-        wide = torch.float64 if factors.up.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(factors.up.dtype)
         left, right = factors.up.to(wide) * factors.scaling, factors.down.to(wide)
         # Conv1D keeps its weight as (d_in, d_out).
         if hasattr(model.get_submodule(path), "nf"):
@@ -131,7 +132,7 @@ def _check_stored(
 
 def _added(weight: Tensor, update: Update, dtype: torch.dtype) -> Tensor:
     """The weight plus the update in ``dtype``; notes what rounding to it took away."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(weight.dtype)
     left, right = update.left.to(wide), update.right.to(wide)
     out = torch.empty(weight.shape, dtype=dtype)
     rows = max(BLOCK // weight.shape[1], 1)

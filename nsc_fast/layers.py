@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import ops
 from .coefficients import Coefficients, Granularity
 from .dense import bind, release
+from .dtypes import compute_dtype
 from .factors import LowRankUpdate, Stack, stack
 from .monitor import RatioMonitor
 from .ops import buffers, dispatch
@@ -96,8 +97,7 @@ class MergedLinear(AroundLayer):
         weight = getattr(base, "weight", None)
         device = None if weight is None else layer_device(base)
         if dtype is None:
-            wide = weight is not None and weight.dtype == torch.float64
-            dtype = torch.float64 if wide else torch.float32
+            dtype = torch.float32 if weight is None else compute_dtype(weight.dtype)
         self.register_buffer("basis", stacked.basis.to(device, dtype), persistent=False)
         self.register_buffer("columns", stacked.columns.to(device, dtype), persistent=False)
         self.register_buffer("segment", stacked.segment.to(device), persistent=False)
@@ -249,7 +249,7 @@ def install(
             raise ValueError(f"target module {target!r} is adapted by no adapter")
     device = model_device(model)
     sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(sample.dtype)
     for name, stacked in stacks.items():
         _check_fit(name, present[name], stacked)
         if impl != "auto":

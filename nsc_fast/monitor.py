@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dtypes import compute_dtype
 from .targets import tokens_of
 
 __all__ = ["RatioMonitor", "TokenBatch", "Whole"]
@@ -171,7 +172,7 @@ class RatioMonitor:
             for position, name in enumerate(present):
                 order[self.tasks.index(name)] = position
             own = order.to(device)[task.to(device)]
-            wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+            wide = compute_dtype(z.dtype)
             totals = self._batch.totals(leading, module)
             self._cache[key] = own, *self._weights(task.to(device), weight.to(device, wide), own, totals)
         return self._cache[key][0]

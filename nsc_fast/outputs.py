@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .dtypes import compute_dtype
 from .errors import MergeError
 from .factors import LowRankUpdate
 from .layers import install, model_device, remove
@@ -110,5 +111,5 @@ def outputs(
         out = functional_call(model, other, (), dict(inputs)) if other else model(**inputs)
     values = out.to_tuple() if hasattr(out, "to_tuple") else out if isinstance(out, tuple) else (out,)
     tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    wide = compute_dtype(tensors[0].dtype)
     return torch.cat([t.reshape(-1).to(wide) for t in tensors])

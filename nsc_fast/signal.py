@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .batches import Batch, length_of, token_batch
 from .driver import backbone, forward_options
+from .dtypes import compute_dtype
 from .factors import LowRankUpdate
 from .layers import model_device
 from .objectives.running import adapted, evaluating, on_device, watched
@@ -203,7 +204,7 @@ class SignalProbe:
 
         def see(module: str, z: Tensor, _: Any) -> None:
             _, weight = tokens.tokens(z.shape[:-1], module)
-            wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+            wide = compute_dtype(z.dtype)
             flat = z.reshape(-1, z.shape[-1]).to(wide)
             inside = (flat @ self._basis(module, flat).T).square()
             ranks = [u.rank for u in self._own(module).values()]

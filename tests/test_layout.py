@@ -20,7 +20,7 @@ PACKAGE = ROOT / "nsc_fast"
 
 # A floor may know itself and the floors below it. A folder stands for all its files.
 FLOORS = {
-    0: ["errors"],
+    0: ["dtypes", "errors"],
     1: ["factors", "reference", "kernels"],
     2: ["ops"],
     3: [

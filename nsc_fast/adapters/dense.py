@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from nsc_fast.adapters.model import Adapter, AdapterError, Problem
+from nsc_fast.dtypes import compute_dtype
 
 __all__ = ["dense_updates"]
 
@@ -54,20 +54,14 @@ def dense_updates(adapters: Iterable[Adapter], model: nn.Module | None) -> dict[
         if problems:
             raise AdapterError(f"adapter {adapter.name!r}", *dict.fromkeys(problems))
     return {
-        adapter.name: {
-            path: tensor.to(parameters[path].device, _wide(parameters[path])) - _value(parameters[path])
-            for path, tensor in adapter.dense.items()
-        }
+        adapter.name: {path: _difference(own, parameters[path]) for path, own in adapter.dense.items()}
         for adapter in holders
     }
 
 
-def _wide(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-def _value(parameter: Tensor) -> Tensor:
-    return parameter.detach().to(_wide(parameter))
+def _difference(trained: Tensor, parameter: Tensor) -> Tensor:
+    base = parameter.detach().to(compute_dtype(parameter.dtype))
+    return trained.to(base) - base
 
 
 def _problem(

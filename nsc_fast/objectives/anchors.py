@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch, rows, token_batch
+from ..dtypes import compute_dtype
 from ..errors import MergeError
 from ..factors import LowRankUpdate
 from ..packing import parts
@@ -91,7 +92,7 @@ class Anchor:
         Args:
             tokens: ``(N, d)``, the states to compare; differentiable.
         """
-        wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(tokens.dtype)
         off = tokens.to(wide) - self.states.to(tokens.device).to(wide)
         if self.keep.ndim == 1:
             return [off]

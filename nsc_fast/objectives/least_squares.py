@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..batches import Batch, token_batch
 from ..driver import backbone, forward_options
+from ..dtypes import compute_dtype
 from ..errors import MergeError
 from ..factors import LowRankUpdate, Stack
 from ..layers import model_device, stack_adapters
@@ -160,7 +161,7 @@ class Projections:
 
         def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             z = args[0] if args else next(iter(kwargs.values()))
-            wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+            wide = compute_dtype(z.dtype)
             if module not in self._factors:
                 self._factors[module] = (
                     stacked.basis.to(z.device, wide),

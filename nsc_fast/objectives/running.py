@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..batches import Batch, BatchStream, without_labels
 from ..batches import rows as rows_of
+from ..dtypes import compute_dtype
 from ..factors import LowRankUpdate
 
 __all__ = ["adapted", "evaluating", "on_device", "sample", "watched"]
@@ -42,7 +43,7 @@ def _adding(update: LowRankUpdate) -> Callable[..., Tensor]:
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         z = args[0] if args else next(iter(kwargs.values()))
-        wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(z.dtype)
         key = z.device, wide
         if key not in kept:
             kept[key] = update.basis.to(*key), update.columns.to(*key)

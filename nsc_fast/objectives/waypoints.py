@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import compute_dtype
 from ..memory import blocks_of
 from ..targets import tokens_of
 from .metric import FLOOR
@@ -105,5 +106,5 @@ def _directions(shift: Tensor) -> Tensor:
 
 def project(states: Tensor, f: Tensor) -> Tensor:
     """``states F``, ``(N, m)``, in float32 at least; differentiable in ``states (N, d)``."""
-    wide = torch.float64 if states.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(states.dtype)
     return states.to(wide) @ f.to(states.device, wide)

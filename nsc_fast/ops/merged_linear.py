@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..reference import CLAMP
 from . import dispatch
 from .merged_steps import Sibling, backward, forward, gradients, save, unflatten
-from .torch_steps import compute_dtype
 
 __all__ = ["Merged", "Sibling", "low_rank_update", "merged_linear", "merged_siblings"]
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..reference import CLAMP
 from . import dispatch
-from .torch_steps import compute_dtype, dense_rows
+from .torch_steps import dense_rows
 
 __all__ = ["null_space_ratio"]
 

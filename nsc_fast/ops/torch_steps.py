@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..reference import TINY
 from . import buffers
 
@@ -52,11 +53,6 @@ class CoefficientGrads(NamedTuple):
     dp: Tensor | None
     dcoef: Tensor | None
     row_scale: Tensor | None
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums are formed: float64 for float64, otherwise float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def project(
