@@ -30,6 +30,12 @@ SUITES = (
         ("snli", "mnli", "qnli", "scitail", "sick_e"),
         "five entailment tasks",
     ),
+    Suite(
+        "ten",
+        "minilm",
+        ("sick_e", "sick_r", "trec", "emobank", "ewt_pos", "snips", "snli", "mnli", "qnli", "scitail"),
+        "all tasks of text and nli in one merge",
+    ),
     Suite("vision", "vit", ("cifar10", "camvid_seg", "camvid_edge"), "image tasks"),
     Suite("decoder", "smollm2", ("sick_e", "sick_r", "e2e"), "tasks of a decoder"),
 )
