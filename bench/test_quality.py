@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.quality import course, phenomenon, run, suites, table, text, train
+from bench.quality import command, course, phenomenon, run, suites, table, text, train
 from bench.quality.base import Suite, Task
 from bench.quality.tasks import DATA_VARIABLE, divide
 from bench.quality.workshop import UNLABELED_BATCH
@@ -55,7 +55,16 @@ def test_rank_correlation() -> None:
 
 def test_cache_inside_the_repository_is_refused() -> None:
     with pytest.raises(MergeError, match="inside the repository"):
-        train.cache_folder(Path(__file__).parent / "results" / "adapters")
+        command.cache_folder(Path(__file__).parent / "results" / "adapters")
+
+
+def test_what_the_user_can_put_right_is_told_without_a_traceback(tmp_path) -> None:
+    arguments = ["--suite", "text", "--methods", "nsx", "--out", str(tmp_path / "out.jsonl")]
+    with pytest.raises(SystemExit, match="^error: .*'nsx'"):
+        command.ended(lambda: run.main(arguments))
+    with pytest.raises(SystemExit) as done:
+        command.ended(lambda: 3)
+    assert done.value.code == 3 and not (tmp_path / "out.jsonl").exists()
 
 
 def test_unknown_names_are_refused() -> None:

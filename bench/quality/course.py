@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +28,10 @@ from nsc_fast.errors import MergeError
 
 from . import suites
 from .base import Base
+from .command import cache_folder, ended, parsed
 from .phenomenon import panels
 from .run import record
 from .table import Results, read, summarise
-from .train import cache_folder, parsed
 from .workshop import UNLABELED_BATCH, Configuration, Workshop, defaults
 
 __all__ = ["BUDGETS", "METHODS", "budgets", "draw", "main"]
@@ -142,4 +141,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

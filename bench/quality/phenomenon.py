@@ -32,8 +32,9 @@ from nsc_fast.parameters import Scope
 from nsc_fast.targets import block_of, select_targets
 
 from . import suites
+from .command import cache_folder, ended, parsed
 from .run import provenance
-from .train import adapter_folder, cache_folder, parsed
+from .train import adapter_folder
 from .workshop import Configuration, Workshop, parse
 
 __all__ = ["draw", "main", "merges", "panels", "pearson", "samples", "spearman", "training"]
@@ -269,4 +270,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

@@ -42,7 +42,7 @@ import torch
 from nsc_fast.result import environment
 
 from . import suites
-from .train import cache_folder, parsed
+from .command import cache_folder, ended, parsed
 from .workshop import UNLABELED, Configuration, Merged, Workshop, configurations, parse
 
 __all__ = ["BASE_LABEL", "FINE_TUNED", "main", "measure", "provenance", "record"]
@@ -259,4 +259,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

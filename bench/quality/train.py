@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -35,11 +34,10 @@ from nsc_fast.targets import block_of, select_targets
 
 from . import suites
 from .base import Base, Task
-from .tasks import DATA_VARIABLE
+from .command import cache_folder, ended, parsed
 
-__all__ = ["CACHE", "adapter_folder", "cache_folder", "evaluate", "is_trained", "main", "parsed", "train"]
+__all__ = ["adapter_folder", "evaluate", "is_trained", "main", "train"]
 
-CACHE = Path("~/.cache/nsc_fast/quality")
 WARMUP = 0.06
 CLIP = 1.0
 WEIGHT_DECAY = 0.01
@@ -47,22 +45,6 @@ PROBES = 9
 CHECKPOINT_EVERY = 100
 EVALUATION_BATCH = 64
 _RECORD, _STATE = "training.json", "checkpoint.pt"
-
-
-def cache_folder(folder: Path) -> Path:
-    """The folder of adapters, resolved.
-
-    Raises:
-        MergeError: it stands inside the repository.
-    """
-    folder = folder.expanduser().resolve()
-    repository = Path(__file__).resolve().parents[2]
-    if folder.is_relative_to(repository):
-        raise MergeError(
-            f"the cache {folder} is inside the repository {repository}; adapters of data that may not be "
-            "redistributed must not get into it: choose a folder outside with --cache"
-        )
-    return folder
 
 
 def adapter_folder(cache: Path, task: Task, seed: int) -> Path:
@@ -360,19 +342,6 @@ def _save(run: _Run, out: Path) -> None:
     save_file(state, out / "head.safetensors")
 
 
-def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Adds what all commands on suites have in common, parses, and sets data folder and threads."""
-    parser.add_argument("--suite", required=True, help=", ".join(s.name for s in suites.SUITES))
-    parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder of the adapters; default: {CACHE}")
-    parser.add_argument("--data", type=Path, help=f"folder of the data files; default: {DATA_VARIABLE}")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(argv)
-    if options.data is not None:
-        os.environ[DATA_VARIABLE] = str(options.data)
-    torch.set_num_threads(options.threads)
-    return options
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -396,4 +365,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)
