@@ -89,7 +89,7 @@ class Driver:
         self._passes = Passes(self._runner, self._options, positions(self.model), *how, self.on_notice)
 
     def count(self) -> None:
-        """To be called after each target module: stops the pass when all have run."""
+        """To be called after each target module with an output: stops the pass when all have run."""
         monitor = self.installation.monitor
         last = monitor.latest, monitor.calls(monitor.latest)
         if self.in_step is None and self._expected.get(self._kind) == last:
@@ -190,7 +190,9 @@ class Driver:
         """One pass; returns its part of the loss. The monitor stays active until it is cleared."""
         monitor = self.installation.monitor
         self._kind = frozenset(inputs)
-        monitor.begin(tokens)
+        module, calls = self._expected.get(self._kind, ("", 0))
+        # A module that runs more than once passes its outputs on, all but the last time.
+        monitor.begin(tokens, module if calls == 1 and self.in_step is None else None)
         self._run(inputs)
         monitor.end()
         return monitor.loss

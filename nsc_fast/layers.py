@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,12 @@ from .coefficients import Coefficients, Granularity
 from .dense import bind, release
 from .dtypes import compute_dtype
 from .factors import LowRankUpdate, Stack, stack
+from .memory import EndOfPass
 from .monitor import RatioMonitor
 from .ops import buffers, dispatch
+
+if TYPE_CHECKING:
+    from .siblings import Siblings
 
 __all__ = [
     "Installation",
@@ -102,10 +107,11 @@ class MergedLinear(AroundLayer):
         self.register_buffer("columns", stacked.columns.to(device, dtype), persistent=False)
         self.register_buffer("segment", stacked.segment.to(device), persistent=False)
         self.tasks = stacked.tasks
+        self.ranks = stacked.ranks
         self.name = name
         self.impl = impl
         self.monitor = monitor
-        self.siblings: Callable[[MergedLinear, Tensor], ops.Merged] | None = None
+        self.siblings: Siblings | None = None
         self._coefficients = coefficients
         self._on_recorded = on_recorded
         # The plain layers, whose product can accumulate onto ours. Anything else (quantised, hooked, ...) is
@@ -114,9 +120,12 @@ class MergedLinear(AroundLayer):
 
     def forward(self, z: Tensor) -> Tensor:
         together = self.siblings is not None and not torch.compiler.is_compiling()
+        layers = self.siblings.layers if together else (self,)
+        if any(one.ends_pass for one in layers):
+            _end_pass(z, layers)
         merged = self.siblings(self, z) if together else self._alone(z)
         if self.measures and merged.omega is not None:
-            self.monitor.record(self.name, z, merged.omega, merged.p)
+            self.monitor.record(self.name, z, merged.omega)
             if self._on_recorded is not None and self.monitor.recording:
                 self._on_recorded()
         return merged.y
@@ -125,6 +134,11 @@ class MergedLinear(AroundLayer):
     def measures(self) -> bool:
         """Whether the null-space ratio is wanted here and now."""
         return self.monitor is not None and self.monitor.active
+
+    @property
+    def ends_pass(self) -> bool:
+        """Whether nothing is wanted of a pass any more once the ratio of this module is known."""
+        return self.measures and self.monitor.last == self.name
 
     def own_segment(self, z: Tensor) -> Tensor | None:
         """``(N,)`` int32, position of each token's task in the stack; None where no ratio is wanted."""
@@ -144,6 +158,17 @@ class MergedLinear(AroundLayer):
 
     def extra_repr(self) -> str:
         return f"tasks={list(self.tasks)}, rank={self.basis.shape[0]}, impl={self.impl!r}"
+
+
+def _end_pass(z: Tensor, layers: Sequence[MergedLinear]) -> NoReturn:
+    """Records the ratios of layers that receive z, without their outputs, for which nothing waits."""
+    for layer in layers:
+        if layer.measures:
+            own = layer.own_segment(z).long()[:, None]
+            omega = ops.null_space_ratio(z, layer.basis, ranks=layer.ranks, impl=layer.impl)
+            omega = omega.view(-1, len(layer.ranks)).gather(1, own.clamp(min=0)).masked_fill(own < 0, 1.0)
+            layer.monitor.record(layer.name, z, omega.squeeze(1))
+    raise EndOfPass
 
 
 def _wrapped(weight: Tensor) -> bool:

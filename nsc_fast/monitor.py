@@ -111,6 +111,7 @@ class RatioMonitor:
         targets: module path -> names of the tasks that adapt it.
         stopped: names of tasks whose ratios are still measured but no longer enter the loss.
         latest: the module that was recorded last.
+        last: the module that ends the pass with its ratio; None where the pass goes on.
     """
 
     tasks: tuple[str, ...]
@@ -121,6 +122,7 @@ class RatioMonitor:
     ratios: dict[str, Tensor] = field(default_factory=dict)
     recording: bool = False
     latest: str = ""
+    last: str | None = None
     _terms: dict[str, list[Tensor]] = field(default_factory=dict)
     _means: dict[str, list[Tensor]] = field(default_factory=dict)
     _batch: TokenBatch | None = None
@@ -135,9 +137,9 @@ class RatioMonitor:
         """
         return self._batch is not None
 
-    def begin(self, batch: TokenBatch) -> None:
-        """Starts a forward pass over ``batch``; forgets the previous one."""
-        self._batch, self.loss, self.ratios, self.recording = batch, None, {}, True
+    def begin(self, batch: TokenBatch, last: str | None = None) -> None:
+        """Starts a forward pass over ``batch``, to end at the module ``last``; forgets the previous one."""
+        self._batch, self.loss, self.ratios, self.recording, self.last = batch, None, {}, True, last
         self._terms, self._means = {}, {}
         self._cache.clear()
 
@@ -154,7 +156,7 @@ class RatioMonitor:
 
     def clear(self) -> None:
         """Ends the step: the modules compute their outputs alone from now on."""
-        self._batch, self.loss, self.recording, self._terms = None, None, False, {}
+        self._batch, self.loss, self.recording, self.last, self._terms = None, None, False, None, {}
         self._cache.clear()
 
     def _key(self, module: str, z: Tensor) -> tuple:
@@ -197,7 +199,7 @@ class RatioMonitor:
         )
         return (scale @ average).masked_fill_(own < 0, 0.0), average
 
-    def record(self, module: str, z: Tensor, omega: Tensor, p: Tensor) -> None:
+    def record(self, module: str, z: Tensor, omega: Tensor) -> None:
         """Takes one call's ``omega (N,)``: its part of the loss, and its per-task means ``(K,)``."""
         _, a, average = self._cache[self._key(module, z)]
         # Padding has weight 0 and may hold anything.

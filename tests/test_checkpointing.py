@@ -114,9 +114,9 @@ def test_ratios_are_recorded_once():
         seen = []
         record = type(monitor).record
 
-        def counting(self, module, z, omega, p):
+        def counting(self, module, z, omega):
             seen.append((module, self.recording))
-            return record(self, module, z, omega, p)
+            return record(self, module, z, omega)
 
         type(monitor).record = counting
         try:

@@ -22,6 +22,7 @@ from nsc_fast import reference
 from nsc_fast.driver import Driver, optimise
 from nsc_fast.errors import MergeError
 from nsc_fast.layers import MergedLinear, install, remove
+from nsc_fast.memory import checkpointed
 from nsc_fast.parameters import EarlyStopping, NSCParameters, Scope
 
 RANKS = {"one": 2, "two": 4, "three": 3}
@@ -222,19 +223,41 @@ class TestStopping:
         driver.losses(job.batches)
         passes = 1 if together == "always" else 3
         assert counts["model.layers.3.mlp.up_proj"] == 1
-        assert counts["model.layers.2.self_attn.v_proj"] == 1 + passes
+        assert counts["model.layers.2.self_attn.q_proj"] == 1 + passes
         for name in counts:
             counts[name] = 0
         driver.losses(job.batches)
         assert counts["model.layers.2.self_attn.q_proj"] == passes
         ran = {name for name, count in counts.items() if count}
         for behind in (
+            "model.layers.2.self_attn.v_proj",
             "model.layers.2.self_attn.o_proj",
             "model.layers.2.mlp",
             "model.layers.3",
             "model.norm",
         ):
             assert behind not in ran
+
+    @pytest.mark.parametrize("recompute", ["never", "always"])
+    @pytest.mark.parametrize("target", ["self_attn.v_proj", "self_attn.o_proj"])
+    def test_the_last_input_is_measured_and_not_multiplied(self, start, target, recompute):
+        """No product of the last target module, nor of the layers that read the same input."""
+        job = Job()
+        job.targets = [f"model.layers.{i}.{target}" for i in (2, 3)]
+        driver = job.installed(start)
+        products = []
+        for name, module in job.model.named_modules():
+            if isinstance(module, MergedLinear):
+                factors = module.factors
+                module.factors = lambda z, name=name, run=factors: products.append(name) or run(z)
+        with checkpointed(job.model, driver.installation.modules, recompute):
+            driver.losses(job.batches)
+            products.clear()
+            driver.losses(job.batches)
+        ran = {name for name in products if name.startswith("model.layers.3.")}
+        inputs = {f"model.layers.3.self_attn.{kind}_proj" for kind in "qkv"}
+        assert ran == (set() if target == "self_attn.v_proj" else inputs)
+        assert f"model.layers.2.{target}" in products
 
     @pytest.mark.parametrize("kind", ["llama", "bert"])
     def test_the_head_never_runs(self, kind, start):

@@ -175,7 +175,7 @@ def test_a_quantised_layer_merges_like_the_same_layer_dequantised(make, ratio):
 class _Own:
     """A monitor that keeps the ratios in the graph."""
 
-    active, recording = True, False
+    active, recording, last = True, False, None
 
     def __init__(self, task):
         self.task = task
@@ -183,7 +183,7 @@ class _Own:
     def own_segment(self, name, z):
         return self.task
 
-    def record(self, name, z, omega, p):
+    def record(self, name, z, omega):
         self.omega = omega
 
 
