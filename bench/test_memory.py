@@ -188,10 +188,8 @@ def _ours(
         task: {name: canonical(*_factors(model, name, rank)) for name in names}
         for task, rank in ranks.items()
     }
-    holder: list[Driver] = []
-    installation = install(model, adapters, targets=targets, on_recorded=lambda: holder[0].count())
+    installation = install(model, adapters, targets=targets)
     driver = Driver(model, installation)
-    holder.append(driver)
     inputs, batch = (
         {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)},
         torch.zeros(1, dtype=torch.int64),

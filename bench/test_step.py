@@ -52,10 +52,7 @@ def test_step(compare, device, size, like) -> None:
         for k in range(tasks)
     }
     batches = {k: {"input_ids": torch.randint(0, words, (1, tokens)).to(device)} for k in range(tasks)}
-    driver = None
-    installation = install(
-        model, adapters, targets=targets, granularity="module", on_recorded=lambda: driver.count()
-    )
+    installation = install(model, adapters, targets=targets, granularity="module")
     driver = Driver(model, installation)
     named = {f"task{k}": batch for k, batch in batches.items()}
     grams = {n: [GramRatio(a.to(device)) for a in factors[n][0]] for n in targets}

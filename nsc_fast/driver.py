@@ -79,7 +79,6 @@ class Driver:
     _runner: nn.Module = field(init=False)
     _options: dict[str, Any] = field(init=False)
     _expected: dict[frozenset[str], tuple[str, int]] = field(default_factory=dict)
-    _kind: frozenset[str] = frozenset()
     _siblings: list[Siblings] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -87,13 +86,6 @@ class Driver:
         self._options = forward_options(self._runner)
         how = self.together, self.micro_batch, self.packing
         self._passes = Passes(self._runner, self._options, positions(self.model), *how, self.on_notice)
-
-    def count(self) -> None:
-        """To be called after each target module with an output: stops the pass when all have run."""
-        monitor = self.installation.monitor
-        last = monitor.latest, monitor.calls(monitor.latest)
-        if self.in_step is None and self._expected.get(self._kind) == last:
-            raise EndOfPass
 
     def losses(self, batches: Mapping[str, Batch]) -> tuple[float, dict[str, float]]:
         """Forward and backward for one batch of every task; gradients add up in the coefficients.
@@ -189,10 +181,7 @@ class Driver:
     def forward(self, inputs: dict[str, Tensor], tokens: TokenBatch) -> Tensor | None:
         """One pass; returns its part of the loss. The monitor stays active until it is cleared."""
         monitor = self.installation.monitor
-        self._kind = frozenset(inputs)
-        module, calls = self._expected.get(self._kind, ("", 0))
-        # A module that runs more than once passes its outputs on, all but the last time.
-        monitor.begin(tokens, module if calls == 1 and self.in_step is None else None)
+        monitor.begin(tokens, self._expected.get(frozenset(inputs)) if self.in_step is None else None)
         self._run(inputs)
         monitor.end()
         return monitor.loss
@@ -206,9 +195,9 @@ class Driver:
         """
         monitor = self.installation.monitor
         monitor.begin(tokens)
-        self._kind, monitor.latest = frozenset(inputs), ""
+        monitor.latest = ""
         self._siblings += share(self.model, lambda: self._run(inputs))
-        self._expected[self._kind] = monitor.latest, monitor.calls(monitor.latest)
+        self._expected[frozenset(inputs)] = monitor.latest_call
         monitor.clear()
 
     def _run(self, inputs: dict[str, Tensor]) -> None:
@@ -311,7 +300,6 @@ def optimise(
                 granularity=parameters.granularity,
                 init=parameters.init if init is None else init,
                 preferences=parameters.preferences,
-                on_recorded=lambda: driver.count(),
                 impl=impl,
             )
             recompute = gathering = nullcontext()

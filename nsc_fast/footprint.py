@@ -230,7 +230,6 @@ class FakeMerge:
                 self._adapters(),
                 targets=self._targets,
                 granularity=self._granularity,
-                on_recorded=lambda: self._driver.count(),
             )
             self._seen.clear()
             if self._objective == "ratio":

@@ -76,7 +76,6 @@ class MergedLinear(AroundLayer):
         coefficients: returns the coefficients, ``(K,)`` per task or ``(R,)`` per singular direction.
         name: module path, for messages and the monitor.
         monitor: collects the null-space ratio when this is a target module.
-        on_recorded: called after a ratio was recorded, with nothing.
         dtype: dtype of the stored factors. Default: the layer's, at least float32.
         impl: "auto", "triton" or "torch".
 
@@ -92,7 +91,6 @@ class MergedLinear(AroundLayer):
         *,
         name: str = "",
         monitor: RatioMonitor | None = None,
-        on_recorded: Callable[[], None] | None = None,
         dtype: torch.dtype | None = None,
         impl: str = "auto",
     ) -> None:
@@ -113,7 +111,6 @@ class MergedLinear(AroundLayer):
         self.monitor = monitor
         self.siblings: Siblings | None = None
         self._coefficients = coefficients
-        self._on_recorded = on_recorded
         # The plain layers, whose product can accumulate onto ours. Anything else (quantised, hooked, ...) is
         # called and stays in the autograd graph.
         self._plain = (type(base) is nn.Linear or type(base).__name__ == "Conv1D") and not _wrapped(weight)
@@ -126,8 +123,9 @@ class MergedLinear(AroundLayer):
         merged = self.siblings(self, z) if together else self._alone(z)
         if self.measures and merged.omega is not None:
             self.monitor.record(self.name, z, merged.omega)
-            if self._on_recorded is not None and self.monitor.recording:
-                self._on_recorded()
+            # A module that runs more than once passes its outputs on, all but the last time.
+            if self.monitor.recording and self.monitor.latest_call == self.monitor.last:
+                raise EndOfPass
         return merged.y
 
     @property
@@ -138,7 +136,7 @@ class MergedLinear(AroundLayer):
     @property
     def ends_pass(self) -> bool:
         """Whether nothing is wanted of a pass any more once the ratio of this module is known."""
-        return self.measures and self.monitor.last == self.name
+        return self.measures and self.monitor.last == (self.name, 1)
 
     def own_segment(self, z: Tensor) -> Tensor | None:
         """``(N,)`` int32, position of each token's task in the stack; None where no ratio is wanted."""
@@ -239,7 +237,6 @@ def install(
     granularity: Granularity = "layer",
     init: float | Mapping[str, float] = 0.4,
     preferences: Mapping[str, float] | None = None,
-    on_recorded: Callable[[], None] | None = None,
     impl: str = "auto",
 ) -> Installation:
     """Puts a :class:`MergedLinear` around every adapted module of ``model``.
@@ -250,7 +247,6 @@ def install(
         targets: modules whose null-space ratio enters the loss.
         granularity, init: see :class:`nsc_fast.coefficients.Coefficients`.
         preferences: pi per task; normalised to sum 1. Default: equal.
-        on_recorded: called after each target module.
         impl: "auto", "triton" or "torch".
 
     Raises:
@@ -298,7 +294,6 @@ def install(
             lambda name=name: coefficients.of(name),
             name=name,
             monitor=monitor if name in monitor.targets else None,
-            on_recorded=on_recorded if name in monitor.targets else None,
             impl=impl,
         )
         for name, stacked in stacks.items()

@@ -111,7 +111,7 @@ class RatioMonitor:
         targets: module path -> names of the tasks that adapt it.
         stopped: names of tasks whose ratios are still measured but no longer enter the loss.
         latest: the module that was recorded last.
-        last: the module that ends the pass with its ratio; None where the pass goes on.
+        last: the module and which of its calls end the pass; None where the pass goes on.
     """
 
     tasks: tuple[str, ...]
@@ -122,7 +122,7 @@ class RatioMonitor:
     ratios: dict[str, Tensor] = field(default_factory=dict)
     recording: bool = False
     latest: str = ""
-    last: str | None = None
+    last: tuple[str, int] | None = None
     _terms: dict[str, list[Tensor]] = field(default_factory=dict)
     _means: dict[str, list[Tensor]] = field(default_factory=dict)
     _batch: TokenBatch | None = None
@@ -137,8 +137,8 @@ class RatioMonitor:
         """
         return self._batch is not None
 
-    def begin(self, batch: TokenBatch, last: str | None = None) -> None:
-        """Starts a forward pass over ``batch``, to end at the module ``last``; forgets the previous one."""
+    def begin(self, batch: TokenBatch, last: tuple[str, int] | None = None) -> None:
+        """Starts a forward pass over ``batch``, to end at the call ``last``; forgets the previous one."""
         self._batch, self.loss, self.ratios, self.recording, self.last = batch, None, {}, True, last
         self._terms, self._means = {}, {}
         self._cache.clear()
@@ -212,9 +212,10 @@ class RatioMonitor:
         mean = torch.where(average > 0, average * omega.detach(), 0.0).sum(1)
         self._means.setdefault(module, []).append(mean)
 
-    def calls(self, module: str) -> int:
-        """How often the module was recorded in this pass."""
-        return len(self._terms.get(module, ()))
+    @property
+    def latest_call(self) -> tuple[str, int]:
+        """The module that was recorded last in this pass, and how often it was."""
+        return self.latest, len(self._terms.get(self.latest, ()))
 
     def task_means(self) -> dict[str, float]:
         """Mean ratio of each task over its target modules, of the pass that ended last.

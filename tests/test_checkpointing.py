@@ -43,12 +43,8 @@ class Case:
             "two": token_batch(3, length, seed=2),
             "three": token_batch(1, length - 1, seed=3, padding=1),
         }
-        holder = []
-        self.installation = install(
-            self.model, self.adapters, targets=self.targets, on_recorded=lambda: holder[0].count()
-        )
+        self.installation = install(self.model, self.adapters, targets=self.targets)
         self.driver = Driver(self.model, self.installation)
-        holder.append(self.driver)
 
     def step(self):
         """Loss, ratios and gradients."""

@@ -64,10 +64,7 @@ class Job:
         return loss.item(), torch.autograd.grad(loss, values)[0], ratios
 
     def installed(self, start, together="never", **options):
-        driver = None
-        installation = install(
-            self.model, self.adapters, targets=self.targets, on_recorded=lambda: driver.count(), **options
-        )
+        installation = install(self.model, self.adapters, targets=self.targets, **options)
         with torch.no_grad():
             for block, row in enumerate(start):
                 installation.coefficients.values[self.key(block)].copy_(row)
@@ -682,8 +679,7 @@ def test_a_module_that_runs_twice_counts_with_the_mean_of_its_calls():
             return self.up(torch.tanh(self.up(x)))
 
     model, x = Twice(), torch.randn(4, 6, dtype=torch.float64)
-    driver = None
-    installation = install(model, canonical_adapters(raw), targets=["up"], on_recorded=lambda: driver.count())
+    installation = install(model, canonical_adapters(raw), targets=["up"])
     driver = Driver(model, installation)
     first, ratios = driver.losses({"t": {"x": x}})
     again, _ = driver.losses({"t": {"x": x}})

@@ -56,13 +56,11 @@ def measured(recompute, rows, length, masked=True):
     """Bytes kept and at the peak of one pass on real tensors."""
     from nsc_fast.driver import Driver
 
-    model, holder = small_llama(), [None]
+    model = small_llama()
     names = names_of(model)
     raw = random_adapters(model, names, {f"t{k}": RANK for k in range(TASKS)})
-    installation = install(
-        model, canonical_adapters(raw), targets=select_targets(names), on_recorded=lambda: holder[0].count()
-    )
-    driver = holder[0] = Driver(model, installation)
+    installation = install(model, canonical_adapters(raw), targets=select_targets(names))
+    driver = Driver(model, installation)
     batch = token_batch(rows, length, seed=0, padding=1)
     if not masked:
         del batch["attention_mask"]
@@ -211,18 +209,16 @@ def test_nothing_of_the_size_of_the_vocabulary_is_made():
 
     model = small_llama(blocks=2, vocabulary=vocabulary)
     raw = random_adapters(model, names_of(model), {t: 2 for t in case.batches})
-    holder = []
     installation = install(
         model,
         canonical_adapters(raw),
         targets=select_targets(names_of(model)),
-        on_recorded=lambda: holder[0].count(),
     )
-    holder.append(Driver(model, installation))
+    driver = Driver(model, installation)
     batches = {t: token_batch(2, 30, k, vocabulary=vocabulary) for k, t in enumerate(case.batches)}
     for _ in range(2):
         with LiveBytes() as live:
-            holder[0].losses(batches)
+            driver.losses(batches)
         # The widest activation is that of the feed-forward part; the mask of padding is tokens x length.
         assert 0 < live.largest <= tokens * 192 < tokens * vocabulary
 

@@ -115,7 +115,7 @@ def measured(name, rows, objective, recompute, blind):
         held += [step["t0"].states, step["t0"].keep, *(w.root for w in fixed["t0"].metrics)]
     else:
         targets = select_targets(adapted(name, model, blind))
-        installation = install(model, updates, targets=targets, on_recorded=lambda: driver.count())
+        installation = install(model, updates, targets=targets)
         driver, tokens = Driver(model, installation), token_batch(batch, 0, torch.device("cpu"))
         driver.look(batch, tokens)
         held = [tokens.task]

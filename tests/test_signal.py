@@ -155,13 +155,11 @@ class TestNsc:
         batches = {t: own[0] for t, own in job.data.items()}
 
         def gradients(levels, preferences=None):
-            driver = None
             installation = install(
                 job.model,
                 job.updates,
                 targets=job.targets,
                 preferences=preferences,
-                on_recorded=lambda: driver.count(),
             )
             try:
                 driver = Driver(job.model, installation, together, levels)

@@ -113,10 +113,7 @@ def second_step(
     model: nn.Module, updates: Mapping, batches: Mapping, targets: Sequence[str], granularity: str = "module"
 ) -> tuple[float, Coefficients]:
     """Loss and gradients of one step; the second, because it stops at the last target module."""
-    driver = None
-    installed = install(
-        model, updates, targets=targets, granularity=granularity, on_recorded=lambda: driver.count()
-    )
+    installed = install(model, updates, targets=targets, granularity=granularity)
     driver = Driver(model, installed)
     for _ in range(2):
         installed.coefficients.zero_grad()

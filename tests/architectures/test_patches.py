@@ -68,12 +68,9 @@ class Case:
 
     def step(self, batches=None, wholes=None, **options):
         """Loss, ratios and gradients of NSC with all modules in the loss."""
-        holder = []
-        installed = install(
-            self.model, self.updates, targets=self.names, on_recorded=lambda: holder[0].count()
-        )
-        holder.append(Driver(self.model, installed, **options))
-        loss, ratios = holder[0].part(batches or self.batches, wholes)
+        installed = install(self.model, self.updates, targets=self.names)
+        driver = Driver(self.model, installed, **options)
+        loss, ratios = driver.part(batches or self.batches, wholes)
         return loss, ratios, gradients_of(self.model, installed)
 
 
