@@ -93,7 +93,7 @@ Compare = Callable[..., dict[str, float]]
 
 @pytest.fixture
 def compare(benchmark, request, device, rounds, size) -> Compare:
-    """``compare(ours, peers, case=, goals=)``: times all alternately, records peer/ours for each peer."""
+    """``compare(ours, peers, case=, goals=)``: times ours and each peer in turns, records peer/ours."""
 
     def run(
         ours: Callable[[], object],
@@ -103,23 +103,24 @@ def compare(benchmark, request, device, rounds, size) -> Compare:
         goals: Mapping[str, str] | None = None,
     ) -> dict[str, float]:
         group = request.node.originalname.removeprefix("test_")
-        everything = {"ours": ours, **peers}
-        samples: dict[str, list[float]] = {name: [] for name in everything}
-        for call in everything.values():
-            _timed(call, device)
         order = random.Random(SEED)
-        for _ in range(rounds):
-            # What ran before leaves caches and memory behind: each is to come after each of the others.
-            for name in order.sample(list(everything), len(everything)):
-                samples[name].append(_timed(everything[name], device))
         ratios = {}
-        own = None if device.type == "cpu" else 1e3 * statistics.median(samples["ours"])
-        for peer in peers:
+        for peer, call in peers.items():
+            # Two at a time: what a third leaves behind (memory to be mapped anew) would slow both.
+            pair = {"ours": ours, peer: call}
+            samples = {name: [] for name in pair}
+            for name in pair:
+                _timed(pair[name], device)
+            for _ in range(rounds):
+                for name in order.sample(list(pair), 2):
+                    samples[name].append(_timed(pair[name], device))
             each = [p / o for p, o in zip(samples[peer], samples["ours"], strict=True)]
             low, _, high = statistics.quantiles(each, n=4)
-            ratios[peer] = statistics.median(samples[peer]) / statistics.median(samples["ours"])
+            own = statistics.median(samples["ours"])
+            ratios[peer] = statistics.median(samples[peer]) / own
             goal = (goals or {}).get(peer, "") if size == "cpu" else ""
-            row = Row(group, case, peer, ratios[peer], low, high, goal, rounds, milliseconds=own)
+            measured = None if device.type == "cpu" else 1e3 * own
+            row = Row(group, case, peer, ratios[peer], low, high, goal, rounds, milliseconds=measured)
             request.config.stash[RESULTS].append(row)
         benchmark.group = group
         benchmark.extra_info.update(case=case, **{f"{p} / ours": round(r, 3) for p, r in ratios.items()})

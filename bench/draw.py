@@ -73,7 +73,7 @@ def _provenance(content: dict) -> str:
     p = content["provenance"]
     return (
         f"Measured {p['date']} on {p['device']} ({p['threads']} threads, torch {p['torch']}, "
-        f"Python {p['python']}, seed {p['seed']}), everything in a row timed alternately in one run."
+        f"Python {p['python']}, seed {p['seed']}), each in turns with ours in one run."
     )
 
 
