@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from .batches import token_batch
@@ -36,10 +38,10 @@ from .objectives.least_squares import Projections
 from .objectives.metric import COLUMNS, Metric
 from .objectives.states import states
 from .row_inputs import RowInputs
-from .shortened import Growth, fill, shorten
+from .shortened import Growth, Kinds, fill, shorten
 from .siblings import share
 
-__all__ = ["FakeMerge", "Footprint", "Objective"]
+__all__ = ["FakeMerge", "Footprint", "Objective", "Operations"]
 
 Objective = Literal["ratio", "states", "moments"]
 
@@ -67,21 +69,53 @@ _FLOPS = {
 }
 
 
-class _Flops(TorchDispatchMode):
-    """Adds up operations. torch's own counter keeps tensors alive, which would be counted as kept."""
+class Operations(TorchDispatchMode):
+    """Adds up operations, those of a block once for each block that it stands for.
 
-    def __init__(self) -> None:
+    torch's own counter keeps tensors alive, which would be counted as kept. In the backward pass a block's
+    operations are those that follow the gradient of its output.
+
+    Args:
+        blocks: path -> block, of the shortened model.
+        kinds: path -> (old path, how many it stands for).
+    """
+
+    def __init__(self, blocks: Mapping[str, nn.Module], kinds: Kinds) -> None:
         super().__init__()
         self.total = 0
+        self._times = 1
+        self._blocks, self._kinds = blocks, kinds
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Operations:
+        for path, block in self._blocks.items():
+            times = self._kinds[path][1]
+            self._handles.append(block.register_forward_pre_hook(partial(self._entered, times)))
+            self._handles.append(block.register_forward_hook(partial(self._left, times)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _entered(self, times: int, *_: Any) -> None:
+        self._times = times
+
+    def _left(self, times: int, _: nn.Module, args: Any, out: Any) -> None:
+        self._times = 1
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(partial(self._entered, times))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
         if packet in _FLOPS:
-            self.total += _FLOPS[packet](*args, **kwargs)
+            self.total += self._times * _FLOPS[packet](*args, **kwargs)
         elif packet in flop_registry:
-            self.total += flop_registry[packet](*args, **kwargs, out_val=out)
+            self.total += self._times * flop_registry[packet](*args, **kwargs, out_val=out)
         return out
 
 
@@ -94,7 +128,7 @@ class Footprint:
         peak: the most bytes alive at any time. Both without weights and factors.
         inputs: bytes of the inputs of all blocks, the part of ``kept`` that can wait on the host.
         blocks: kind of block, named by its first -> (how many there are, bytes that each adds to ``kept``).
-        flops: of forward and backward pass, in the blocks that were run.
+        flops: of forward and backward pass, for the whole model.
     """
 
     kept: int
@@ -130,6 +164,7 @@ class FakeMerge:
         self._granularity, self._objective, self._inputs = granularity, objective, inputs or RowInputs()
         self._kinds, moved = shorten(skeleton, ranks, targets)
         self._model = skeleton.eval()
+        self._blocks = blocks_of(self._model, tuple(moved.values()))
         self._ranks = {
             task: {moved[m]: rank for m, rank in own.items() if m in moved} for task, own in ranks.items()
         }
@@ -148,12 +183,12 @@ class FakeMerge:
             fill(skeleton)
 
     def base_flops(self, rows: int, length: int, *, masked: bool = True) -> int:
-        """Operations of the base model's forward pass alone, in the blocks that :meth:`run` runs."""
+        """Operations of the base model's forward pass alone, without its head."""
         with self._faking(), torch.no_grad():
             remove(self._model)
             self._installation = None
             inputs = self._batch(rows, length, masked)
-            with _Flops() as counter:
+            with Operations(self._blocks, self._kinds) as counter:
                 self._runner(**inputs, **self._options)
         return counter.total
 
@@ -206,9 +241,9 @@ class FakeMerge:
         fixed = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters()]
         with ExitStack() as stack:
             stack.enter_context(checkpointed(model, installation.modules, recompute))
-            counter = stack.enter_context(_Flops())
+            counter = stack.enter_context(Operations(self._blocks, self._kinds))
             live = stack.enter_context(LiveBytes().ignore([*fixed, *inputs.values(), tokens.task]))
-            grown = stack.enter_context(self._growth(live, installation.modules))
+            grown = stack.enter_context(Growth(self._blocks, self._kinds, live))
             ratio = self._driver is not None
             loss = self._driver.forward(inputs, tokens) if ratio else self._distance(inputs)
             if loss is None:
@@ -258,16 +293,13 @@ class FakeMerge:
             stack.enter_context(_NoPadding())
             # The factors come to the device in the first pass, and stay.
             self._runner(**inputs, **self._options)
-            counter = stack.enter_context(_Flops())
+            counter = stack.enter_context(Operations(self._blocks, self._kinds))
             fixed = [*model.parameters(), *model.buffers(), *inputs.values(), *own.held()]
             live = stack.enter_context(LiveBytes().ignore([*fixed, own.tokens.task]))
-            grown = stack.enter_context(self._growth(live, tuple(stacks)))
+            grown = stack.enter_context(Growth(self._blocks, self._kinds, live))
             self._runner(**inputs, **self._options)
             grown.end()
         return _footprint(grown, 0, counter.total)
-
-    def _growth(self, live: LiveBytes, modules: Sequence[str]) -> Growth:
-        return Growth(blocks_of(self._model, modules), self._kinds, live)
 
     def _distance(self, inputs: dict[str, Tensor]) -> Tensor:
         """A loss of the last states, with tensors like those of :mod:`nsc_fast.objectives.anchors`."""

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 from compare import error
@@ -13,6 +15,7 @@ from tiny import (
     token_batch,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsc_fast import memory
 from nsc_fast.driver import Driver, optimise
@@ -100,6 +103,32 @@ def test_blocks_run_twice_and_are_restored():
         assert len(calls) == 4
     assert block.forward is counted
     assert all("forward" not in b.__dict__ for name, b in blocks.items() if name != "model.layers.1")
+
+
+class Products(TorchDispatchMode):
+    """Counts the products with each weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm_.default:
+            self.of[args[2].untyped_storage().data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute, up", [("never", 2), ("feed_forward", 3), ("always", 3)])
+def test_the_last_product_of_a_part_is_not_formed_again(recompute, up):
+    case = Case()
+    case.step()
+    with checkpointed(case.model, case.installation.modules, recompute), Products() as products:
+        case.step()
+    for block in (0, 1, 2):
+        feed_forward = case.model.model.layers[block].mlp
+        assert products.of[feed_forward.up_proj.weight.data_ptr()] == up
+        # Forward and backward: nothing that is kept comes after it.
+        assert products.of[feed_forward.down_proj.weight.data_ptr()] == 2
 
 
 def test_ratios_are_recorded_once():

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from bench import plan as readme
 from nsc_fast.cli import app
 from nsc_fast.errors import MergeError
-from nsc_fast.footprint import FakeMerge
+from nsc_fast.footprint import FakeMerge, Operations
 from nsc_fast.layers import install
 from nsc_fast.memory import LiveBytes, checkpointed
 from nsc_fast.monitor import TokenBatch
@@ -53,7 +53,7 @@ def names_of(model):
 
 
 def measured(recompute, rows, length, masked=True):
-    """Bytes kept and at the peak of one pass on real tensors."""
+    """Bytes kept, bytes at the peak, and operations of one pass on real tensors, with all blocks."""
     from nsc_fast.driver import Driver
 
     model = small_llama()
@@ -68,12 +68,12 @@ def measured(recompute, rows, length, masked=True):
     driver.look(batch, TokenBatch(tasks))
     fixed = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters(), tasks]
     with checkpointed(model, installation.modules, recompute):
-        with LiveBytes().ignore([*fixed, *batch.values()]) as live:
+        with LiveBytes().ignore([*fixed, *batch.values()]) as live, Operations({}, {}) as operations:
             loss = driver.forward(batch, TokenBatch(tasks))
             kept = live.now
             loss.backward()
         installation.monitor.clear()
-    return kept, live.peak
+    return kept, live.peak, operations.total
 
 
 def counted(recompute, rows, length, masked=True):
@@ -86,10 +86,21 @@ def counted(recompute, rows, length, masked=True):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("recompute", ["never", "feed_forward", "always"])
 def test_counts_on_fake_tensors_are_those_on_real_ones(recompute, masked):
-    kept, peak = measured(recompute, 3, 40, masked)
+    kept, peak, operations = measured(recompute, 3, 40, masked)
     found = counted(recompute, 3, 40, masked)
     assert found.kept == pytest.approx(kept, rel=0.05)
     assert found.peak == pytest.approx(peak, rel=0.05)
+    assert found.flops == pytest.approx(operations, rel=1e-3)
+
+
+def test_time_is_in_forward_passes_of_the_base_with_all_blocks():
+    model, skeleton = small_llama(), small_llama("meta")
+    batch = token_batch(3, 40, seed=0, padding=1)
+    with torch.no_grad(), Operations({}, {}) as operations:
+        model.model(**batch, use_cache=False)
+    ranks = {"t": dict.fromkeys(names_of(model), RANK)}
+    fake = FakeMerge(skeleton, ranks, select_targets(names_of(model)))
+    assert fake.base_flops(3, 40) == pytest.approx(operations.total, rel=1e-3)
 
 
 def anchored_step(recompute, length, *, masked=True, waypoints=False):
@@ -144,7 +155,7 @@ def test_waypoints_are_in_the_plan(recompute):
 def test_plan_extrapolates_to_other_sizes(recompute):
     plan = Plan(small_work(), 10**12)
     need = plan.need(Choice(recompute, False, 2, True), 48)
-    _, peak = measured(recompute, 2 * TASKS, 48)
+    _, peak, _ = measured(recompute, 2 * TASKS, 48)
     assert need.device - plan.fixed == pytest.approx(peak, rel=0.1)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..dtypes import compute_dtype
 from ..reference import CLAMP
 from . import dispatch
-from .merged_steps import Sibling, backward, forward, gradients, save, unflatten
+from .merged_steps import Sibling, backward, gradients, outputs, project, save, unflatten
 
 __all__ = ["Merged", "Sibling", "low_rank_update", "merged_linear", "merged_siblings"]
 
@@ -145,8 +145,9 @@ def merged_siblings(
         done = [_op(z, q, *one, *how) for q, one in zip(bases, layers, strict=True)]
         parts = [(y, omega, p) for y, omega, p, _ in done]
     else:
-        flat = [tensor for one in layers for tensor in one]
-        *ys, omega, p, _ = _MergedLinear.apply(z, basis, segment, *how, *flat)
+        flat = [tensor for one in layers for tensor in one._replace(bias=None, y=None)]
+        *kept, omega, p, _ = _MergedLinear.apply(z, basis, segment, *how, *flat)
+        ys = _Outputs.apply((z, p, layers, how[-1]), *kept, *(one.y for one in layers))
         omegas = omega.unbind(1) if omega.ndim == 2 else (omega,) * len(layers)
         parts = zip(ys, omegas, p.split(ranks, dim=1) if len(layers) > 1 else (p,), strict=True)
     return [
@@ -160,7 +161,12 @@ def _rounded(layer: Sibling, dtype: torch.dtype) -> Sibling:
 
 
 class _MergedLinear(torch.autograd.Function):
-    """Eager mode: any number of siblings, without the dispatcher's toll."""
+    """Eager mode: any number of siblings, without the dispatcher's toll.
+
+    Keeps what the backward pass needs and does all of it, but leaves the outputs to :class:`_Outputs`, for
+    which empty ones of their shape stand in. A checkpointed block is computed again up to the last tensor
+    that is kept: the products of its last layer come after that, and are not.
+    """
 
     # One method instead of setup_context: torch inspects the signature anew on each call of the latter.
     @staticmethod
@@ -176,18 +182,37 @@ class _MergedLinear(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         layers = unflatten(flat)
-        ys, omega, p, norm2 = forward(z, q, segment, layers, num_tasks, task, clamp, impl)
+        omega, p, norm2 = project(z, q, segment, len(layers), num_tasks, task, clamp, impl)
         ctx.mark_non_differentiable(norm2)
         save(ctx, z, q, layers, num_tasks, task, clamp, impl, omega, p, norm2)
-        return *ys, omega, p, norm2
+        return *(z.new_empty(1).expand(len(z), len(one.columns)) for one in layers), omega, p, norm2
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *grad_ys, grad_omega, grad_p, _ = grads
-        dz, dys, dcoefs = gradients(ctx, grad_ys, grad_omega, grad_p, backward)
-        flat = [g for dy, dc in zip(dys, dcoefs, strict=True) for g in (None, None, dc, None, None, dy)]
+        dz, dcoefs = gradients(ctx, grad_ys, grad_omega, grad_p, backward)
+        flat = [g for dc in dcoefs for g in (None, None, dc, None, None, None)]
         return dz, None, None, None, None, None, None, *flat
+
+
+class _Outputs(torch.autograd.Function):
+    """The outputs, which keep nothing. Their gradients go to :class:`_MergedLinear` as they are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, given: tuple[Tensor, Tensor, Sequence[Sibling], str], *kept_and_ys: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        # Autograd does not look into the tuple: z, P and the coefficients get no gradient from here.
+        ctx.set_materialize_grads(False)
+        return tuple(outputs(*given))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1 + len(grads) :]
+        dys = (g if need else None for g, need in zip(grads, wanted, strict=True))
+        return None, *grads, *dys
 
 
 # For torch.compile: the same for one layer, as operations that the compiler knows.
@@ -208,8 +233,8 @@ def _forward_one(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = Sibling(c, segment, coefficients, weight, bias, y)
-    (out,), *rest = forward(z, q, segment, [layer], num_tasks, task, clamp, impl)
-    return out, *rest
+    omega, p, norm2 = project(z, q, segment, 1, num_tasks, task, clamp, impl)
+    return outputs(z, p, [layer], impl)[0], omega, p, norm2
 
 
 def _backward_one(
@@ -269,7 +294,9 @@ def _(
 
 def _save_one(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     z, q, *layer, num_tasks, task, clamp, impl = inputs
-    save(ctx, z, q, [Sibling(*layer)], num_tasks, task, clamp, impl, *output[1:])
+    layer = Sibling(*layer)
+    ctx.want_dy = layer.y is not None and layer.y.requires_grad
+    save(ctx, z, q, [layer], num_tasks, task, clamp, impl, *output[1:])
 
 
 def _grad_one(ctx: Any, g: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -278,8 +305,8 @@ def _grad_one(ctx: Any, g: Tensor | None, *grads: Tensor | None) -> tuple[Tensor
         dz, dcoef = _backward_op(*grad_ys, grad_omega, grad_p, z, q, c, segment, coefficients, weight, *state)
         return dz, [dcoef]
 
-    dz, (dy,), (dcoef,) = gradients(ctx, [g], *grads[:2], run)
-    return dz, None, None, None, dcoef, None, None, dy, None, None, None, None
+    dz, (dcoef,) = gradients(ctx, [g], *grads[:2], run)
+    return dz, None, None, None, dcoef, None, None, g if ctx.want_dy else None, None, None, None, None
 
 
 _op.register_autograd(_grad_one, setup_context=_save_one)

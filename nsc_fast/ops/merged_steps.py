@@ -17,7 +17,7 @@ from torch import Tensor
 from . import dispatch
 from .torch_steps import CoefficientGrads, dense_rows
 
-__all__ = ["Sibling", "backward", "forward", "gradients", "save", "unflatten"]
+__all__ = ["Sibling", "backward", "gradients", "outputs", "project", "save", "unflatten"]
 
 
 class Sibling(NamedTuple):
@@ -41,36 +41,42 @@ class Sibling(NamedTuple):
     y: Tensor | None = None
 
 
-def forward(
+def project(
     z: Tensor,
     q: Tensor,
     segment: Tensor,
-    layers: Sequence[Sibling],
+    siblings: int,
     num_tasks: int,
     task: Tensor | None,
     clamp: float,
     impl: str,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Y of each layer, omega ``(N,)`` or ``(N, S)``, P, norm2 ``(N,)``; empty where no ratio is wanted."""
-    steps, z = dispatch.steps(impl), dense_rows(z)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """omega ``(N,)`` or ``(N, S)``, P, norm2 ``(N,)``; omega and norm2 empty where no ratio is wanted."""
     wanted = task is not None
-    ratio = {"task": task, "clamp": clamp, "ratio": wanted, "siblings": len(layers) if wanted else 1}
+    ratio = {"task": task, "clamp": clamp, "ratio": wanted, "siblings": siblings if wanted else 1}
+    with _exactly(z):
+        found = dispatch.steps(impl).project(dense_rows(z), q, segment, num_tasks * siblings, **ratio)
+    if task is None:
+        return z.new_empty(0), found.p, z.new_empty(0)
+    return found.omega, found.p, found.norm2
+
+
+def outputs(z: Tensor, p: Tensor, layers: Sequence[Sibling], impl: str) -> list[Tensor]:
+    """Y of each layer."""
+    steps, z = dispatch.steps(impl), dense_rows(z)
     ys = []
     with _exactly(z):
-        projection = steps.project(z, q, segment, num_tasks * len(layers), **ratio)
-        for layer, p in zip(layers, _columns(projection.p, layers), strict=True):
+        for layer, own in zip(layers, _columns(p, layers), strict=True):
             if _has_core(layer):
-                p = p @ layer.coefficients.to(p.dtype).t()
-            out = steps.low_rank_output(p, layer.columns, _spread(layer), bias=layer.bias, dtype=z.dtype)
+                own = own @ layer.coefficients.to(own.dtype).t()
+            out = steps.low_rank_output(own, layer.columns, _spread(layer), bias=layer.bias, dtype=z.dtype)
             # The product with the frozen weight is the large one: it accumulates onto the small one.
             if layer.weight is not None:
                 out.addmm_(z, layer.weight.t())
             if layer.y is not None:
                 out.add_(layer.y)
             ys.append(out)
-    if task is None:
-        return ys, z.new_empty(0), projection.p, z.new_empty(0)
-    return ys, projection.omega, projection.p, projection.norm2
+    return ys
 
 
 def backward(
@@ -213,7 +219,6 @@ def save(
     ctx.set_materialize_grads(False)
     ctx.num_tasks, ctx.clamp, ctx.impl = num_tasks, clamp, impl
     ctx.want_dz = z.requires_grad
-    ctx.want_dy = [one.y is not None and one.y.requires_grad for one in layers]
     ctx.want_dcoef = [one.coefficients.requires_grad for one in layers]
     # Z is needed for the ratio's term alone; the bias and the base layer's output not at all.
     kept = z if task is not None and ctx.want_dz else None
@@ -227,8 +232,8 @@ def gradients(
     grad_omega: Tensor | None,
     grad_p: Tensor | None,
     run: Callable[..., tuple[Tensor, list[Tensor]]],
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Gradients of z, of the base layers' outputs and of the coefficients."""
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of z and of the coefficients."""
     z, q, task, omega, p, norm2, *flat = ctx.saved_tensors
     layers = unflatten(flat)
     dz, dcoefs = None, [None] * len(layers)
@@ -239,7 +244,6 @@ def gradients(
         dz, dcoefs = run(grad_ys, grad_omega, grad_p, z, q, *state, *wanted)
     return (
         dz if ctx.want_dz else None,
-        [g if wanted else None for g, wanted in zip(grad_ys, ctx.want_dy, strict=True)],
         [
             dc if wanted and g is not None else None
             for dc, wanted, g in zip(dcoefs, ctx.want_dcoef, grad_ys, strict=True)
