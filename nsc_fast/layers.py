@@ -148,7 +148,7 @@ class MergedLinear(AroundLayer):
         if self._plain and not _hooked(self.base):
             weight = self.base.weight
             return ops.Sibling(*own, weight if type(self.base) is nn.Linear else weight.t(), self.base.bias)
-        return ops.Sibling(*own, y=self.base(z))
+        return ops.Sibling(*own, y=lambda: self.base(z))
 
     def _alone(self, z: Tensor) -> ops.Merged:
         how = {"num_tasks": len(self.tasks), "task": self.own_segment(z), "impl": self.impl}

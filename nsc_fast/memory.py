@@ -2,8 +2,8 @@
 
 The backward pass needs what the forward pass made. Kept per block of a decoder are the inputs of its norms,
 the queries, keys, values and output of its attention and three feed-forward tensors, and for each adapted
-module the projection P. Computed again, only the block's input is kept, for one more forward pass but the last
-product of each block, which nothing that is kept comes after.
+module the projection P. Computed again, only the block's input is kept, for one more forward pass without
+the last product of each block, which nothing that is kept comes after.
 """
 
 from __future__ import annotations

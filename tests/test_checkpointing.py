@@ -131,6 +131,21 @@ def test_the_last_product_of_a_part_is_not_formed_again(recompute, up):
         assert products.of[feed_forward.down_proj.weight.data_ptr()] == 2
 
 
+def test_the_last_layer_of_a_part_that_is_called_is_not_called_again():
+    """A base layer of another kind (quantised, with hooks) makes its output when all else is kept."""
+    case, calls = Case(), Counter()
+    loss, ratios, grads = case.step()
+    for block in case.model.model.layers[:3]:
+        for name in ("up_proj", "down_proj"):
+            base = block.mlp.get_submodule(name).base
+            base.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    with checkpointed(case.model, case.installation.modules, "always"):
+        again, seen, others = case.step()
+    assert calls == {"up_proj": 6, "down_proj": 3}
+    assert again == pytest.approx(loss, rel=1e-12) and seen == pytest.approx(ratios, rel=1e-12)
+    assert all(error(others[name], grad) <= 1e-12 for name, grad in grads.items())
+
+
 def test_ratios_are_recorded_once():
     case = Case()
     with checkpointed(case.model, case.installation.modules):

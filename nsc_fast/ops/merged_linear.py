@@ -130,14 +130,16 @@ def merged_siblings(
         clamp, impl: as in :func:`merged_linear`.
     """
     kind, layers = z.device.type, list(layers)
-    given = next((one.y for one in layers if one.y is not None), None)
-    if any(one.weight is not None for one in layers) and torch.is_autocast_enabled(kind):
+    cast = kind != "meta" and torch.is_autocast_enabled(kind)
+    if cast or torch.compiler.is_compiling():
+        layers = [_with_output(one) for one in layers]
+    given = next((one.y for one in layers if isinstance(one.y, Tensor)), None)
+    if cast and any(one.weight is not None for one in layers):
         z = z.to(torch.get_autocast_dtype(kind))
         layers = [one if one.weight is None else _rounded(one, z.dtype) for one in layers]
     elif given is not None:
         z = z.to(given.dtype)
     leading, z = z.shape[:-1], z.reshape(-1, z.shape[-1])
-    layers = [one if one.y is None else one._replace(y=one.y.reshape(-1, one.y.shape[-1])) for one in layers]
     how = num_tasks, task, clamp, dispatch.resolve(impl, z.device, z.dtype, basis.shape[0])
     ranks = [one.columns.shape[1] for one in layers]
     if torch.compiler.is_compiling():
@@ -147,12 +149,21 @@ def merged_siblings(
     else:
         flat = [tensor for one in layers for tensor in one._replace(bias=None, y=None)]
         *kept, omega, p, _ = _MergedLinear.apply(z, basis, segment, *how, *flat)
+        layers = [_with_output(one) for one in layers]
         ys = _Outputs.apply((z, p, layers, how[-1]), *kept, *(one.y for one in layers))
         omegas = omega.unbind(1) if omega.ndim == 2 else (omega,) * len(layers)
         parts = zip(ys, omegas, p.split(ranks, dim=1) if len(layers) > 1 else (p,), strict=True)
     return [
         Merged(y.view(*leading, y.shape[-1]), None if task is None else omega, p) for y, omega, p in parts
     ]
+
+
+def _with_output(layer: Sibling) -> Sibling:
+    """With the base layer's output as a matrix, made now if it waits to be."""
+    if layer.y is None:
+        return layer
+    y = layer.y if isinstance(layer.y, Tensor) else layer.y()
+    return layer._replace(y=y.reshape(-1, y.shape[-1]))
 
 
 def _rounded(layer: Sibling, dtype: torch.dtype) -> Sibling:

@@ -30,7 +30,8 @@ class Sibling(NamedTuple):
             factors; differentiable.
         weight: W0, ``(d_out, d_in)``, frozen; a transposed view is fine (GPT-2's Conv1D).
         bias: ``(d_out,)``, frozen.
-        y: ``(..., d_out)`` output of a base layer of any kind, instead of the weight; differentiable.
+        y: ``(..., d_out)`` output of a base layer of any kind, instead of the weight; differentiable. Or a
+            function that makes it: called when all that the backward pass needs is kept.
     """
 
     columns: Tensor
@@ -38,7 +39,7 @@ class Sibling(NamedTuple):
     coefficients: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
-    y: Tensor | None = None
+    y: Tensor | Callable[[], Tensor] | None = None
 
 
 def project(
@@ -62,14 +63,15 @@ def project(
 
 
 def outputs(z: Tensor, p: Tensor, layers: Sequence[Sibling], impl: str) -> list[Tensor]:
-    """Y of each layer."""
+    """Y of each layer; the outputs of base layers are tensors here."""
     steps, z = dispatch.steps(impl), dense_rows(z)
     ys = []
     with _exactly(z):
         for layer, own in zip(layers, _columns(p, layers), strict=True):
             if _has_core(layer):
                 own = own @ layer.coefficients.to(own.dtype).t()
-            out = steps.low_rank_output(own, layer.columns, _spread(layer), bias=layer.bias, dtype=z.dtype)
+            dtype = z.dtype if layer.y is None else layer.y.dtype
+            out = steps.low_rank_output(own, layer.columns, _spread(layer), bias=layer.bias, dtype=dtype)
             # The product with the frozen weight is the large one: it accumulates onto the small one.
             if layer.weight is not None:
                 out.addmm_(z, layer.weight.t())
