@@ -40,7 +40,7 @@ class Merged(NamedTuple):
     """Output of a merged layer.
 
     Attributes:
-        y: ``(..., d_out)`` in the dtype of z.
+        y: ``(..., d_out)`` in the dtype of z, or of the base layer's output where that is given.
         omega: ``(N,)`` null-space ratio of every token under its own task, in float32 (float64 for float64
             input), or None.
         p: ``(N, R)`` projection ``Z Q^T``, in the stacked order; in float32 (float64 for float64 input) in
@@ -148,9 +148,9 @@ def merged_siblings(
         parts = [(y, omega, p) for y, omega, p, _ in done]
     else:
         flat = [tensor for one in layers for tensor in one._replace(bias=None, y=None)]
-        *kept, omega, p, _ = _MergedLinear.apply(z, basis, segment, *how, *flat)
+        *stand_ins, omega, p, _ = _MergedLinear.apply(z, basis, segment, *how, *flat)
         layers = [_with_output(one) for one in layers]
-        ys = _Outputs.apply((z, p, layers, how[-1]), *kept, *(one.y for one in layers))
+        ys = _Outputs.apply((z, p, layers, how[-1]), *stand_ins, *(one.y for one in layers))
         omegas = omega.unbind(1) if omega.ndim == 2 else (omega,) * len(layers)
         parts = zip(ys, omegas, p.split(ranks, dim=1) if len(layers) > 1 else (p,), strict=True)
     return [
@@ -212,7 +212,7 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, given: tuple[Tensor, Tensor, Sequence[Sibling], str], *kept_and_ys: Tensor | None
+        ctx: Any, given: tuple[Tensor, Tensor, Sequence[Sibling], str], *stand_ins_and_ys: Tensor | None
     ) -> tuple[Tensor, ...]:
         # Autograd does not look into the tuple: z, P and the coefficients get no gradient from here.
         ctx.set_materialize_grads(False)
