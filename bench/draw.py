@@ -22,6 +22,7 @@ TITLES = {
     "layer_forward_backward": "merged layer, forward + backward",
     "layer_with_ratio": "target layer with its ratio",
     "step": "one optimisation step",
+    "step_recomputed": "one optimisation step that keeps everything",
     "memory_kept": "kept for the backward",
 }
 

@@ -1,4 +1,4 @@
-"""One optimisation step on a random Llama: the driver against the eager loop.
+"""One optimisation step on a random Llama: the driver against the eager loop, and with less memory.
 
 The loop calls the model as it is, head included, although nobody reads the logits. How much that costs
 depends on the vocabulary, so there are three: 32,000 words, the default of LlamaConfig and what stories42M,
@@ -8,14 +8,18 @@ the blocks, as those of Llama-3.2-1B and of Llama-2-7B.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from nsc_fast.driver import Driver
-from nsc_fast.factors import canonical
+from nsc_fast.factors import LowRankUpdate, canonical
 from nsc_fast.layers import install, remove
+from nsc_fast.memory import Recompute, checkpointed
+from nsc_fast.targets import select_targets
 
 from .peers import EagerLayer, GramRatio, eager_steps
 
@@ -86,6 +90,44 @@ def test_step(compare, device, size, like) -> None:
         {"eager loop, task after task": eager},
         case=f"{layers} layers d={width} K={tasks} r={rank} {tokens} tokens a task, head like {like}'s",
         goals={"eager loop, task after task": ">= 1.7"},
+    )
+    remove(model)
+
+
+def test_step_recomputed(compare, device, size) -> None:
+    """What it costs to compute feed-forward parts or whole blocks again instead of keeping them."""
+    layers, width, tasks, rank, tokens = SHAPES[size]
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=60,
+    )
+    model = LlamaModel(config).to(device).eval()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    adapters: dict[str, dict[str, LowRankUpdate]] = {f"task{k}": {} for k in range(tasks)}
+    for name in names:
+        pairs = zip(*_factors(model.get_submodule(name), tasks, rank), strict=True)
+        for own, (down, up) in zip(adapters.values(), pairs, strict=True):
+            own[name] = canonical(down, up)
+    installation = install(model, adapters, targets=select_targets(names))
+    driver = Driver(model, installation)
+    batches = {task: {"input_ids": torch.randint(0, 60, (1, tokens)).to(device)} for task in adapters}
+
+    def step(recompute: Recompute) -> float:
+        installation.coefficients.zero_grad()
+        with checkpointed(model, installation.modules, recompute):
+            return driver.losses(batches)[0]
+
+    loss = step("never")
+    again = {way: partial(step, way) for way in ("feed_forward", "always")}
+    assert all(abs(run() - loss) <= 1e-6 for run in again.values())
+    compare(
+        partial(step, "never"),
+        {f"checkpointing {way}": run for way, run in again.items()},
+        case=f"{layers} layers d={width} K={tasks} r={rank} {tokens} tokens a task",
     )
     remove(model)
 
