@@ -8,6 +8,7 @@ the blocks, as those of Llama-3.2-1B and of Llama-2-7B.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import pytest
@@ -52,10 +53,7 @@ def test_step(compare, device, size, like) -> None:
     targets = [
         n for n in names if n.endswith("v_proj") and int(n.split(".")[2]) >= layers - max(layers // 4, 1)
     ]
-    adapters = {
-        f"task{k}": {n: canonical(downs[k], ups[k]) for n, (downs, ups) in factors.items()}
-        for k in range(tasks)
-    }
+    adapters = _adapters(factors, tasks)
     batches = {k: {"input_ids": torch.randint(0, words, (1, tokens)).to(device)} for k in range(tasks)}
     installation = install(model, adapters, targets=targets, granularity="module")
     driver = Driver(model, installation)
@@ -107,11 +105,7 @@ def test_step_recomputed(compare, device, size) -> None:
     )
     model = LlamaModel(config).to(device).eval()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    adapters: dict[str, dict[str, LowRankUpdate]] = {f"task{k}": {} for k in range(tasks)}
-    for name in names:
-        pairs = zip(*_factors(model.get_submodule(name), tasks, rank), strict=True)
-        for own, (down, up) in zip(adapters.values(), pairs, strict=True):
-            own[name] = canonical(down, up)
+    adapters = _adapters({n: _factors(model.get_submodule(n), tasks, rank) for n in names}, tasks)
     installation = install(model, adapters, targets=select_targets(names))
     driver = Driver(model, installation)
     batches = {task: {"input_ids": torch.randint(0, 60, (1, tokens)).to(device)} for task in adapters}
@@ -132,7 +126,17 @@ def test_step_recomputed(compare, device, size) -> None:
     remove(model)
 
 
-def _factors(layer: nn.Linear, tasks: int, rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+_Factors = tuple[list[torch.Tensor], list[torch.Tensor]]
+
+
+def _adapters(factors: Mapping[str, _Factors], tasks: int) -> dict[str, dict[str, LowRankUpdate]]:
+    return {
+        f"task{k}": {n: canonical(downs[k], ups[k]) for n, (downs, ups) in factors.items()}
+        for k in range(tasks)
+    }
+
+
+def _factors(layer: nn.Linear, tasks: int, rank: int) -> _Factors:
     downs = [torch.randn(rank, layer.in_features) / layer.in_features**0.5 for _ in range(tasks)]
     ups = [torch.randn(layer.out_features, rank) * 0.02 for _ in range(tasks)]
     return downs, ups

@@ -195,7 +195,6 @@ class Driver:
         """
         monitor = self.installation.monitor
         monitor.begin(tokens)
-        monitor.latest = ""
         self._siblings += share(self.model, lambda: self._run(inputs))
         self._expected[frozenset(inputs)] = monitor.latest_call
         monitor.clear()

@@ -140,7 +140,7 @@ class RatioMonitor:
     def begin(self, batch: TokenBatch, last: tuple[str, int] | None = None) -> None:
         """Starts a forward pass over ``batch``, to end at the call ``last``; forgets the previous one."""
         self._batch, self.loss, self.ratios, self.recording, self.last = batch, None, {}, True, last
-        self._terms, self._means = {}, {}
+        self.latest, self._terms, self._means = "", {}, {}
         self._cache.clear()
 
     def end(self) -> None:

@@ -32,6 +32,7 @@ from ..dtypes import compute_dtype
 from ..reference import CLAMP
 from . import dispatch
 from .merged_steps import Sibling, backward, gradients, outputs, project, save, unflatten
+from .torch_steps import dense_rows
 
 __all__ = ["Merged", "Sibling", "low_rank_update", "merged_linear", "merged_siblings"]
 
@@ -139,7 +140,7 @@ def merged_siblings(
         layers = [one if one.weight is None else _rounded(one, z.dtype) for one in layers]
     elif given is not None:
         z = z.to(given.dtype)
-    leading, z = z.shape[:-1], z.reshape(-1, z.shape[-1])
+    leading, z = z.shape[:-1], dense_rows(z.reshape(-1, z.shape[-1]))
     how = num_tasks, task, clamp, dispatch.resolve(impl, z.device, z.dtype, basis.shape[0])
     ranks = [one.columns.shape[1] for one in layers]
     if torch.compiler.is_compiling():
@@ -243,7 +244,7 @@ def _forward_one(
     clamp: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layer = Sibling(c, segment, coefficients, weight, bias, y)
+    z, layer = dense_rows(z), Sibling(c, segment, coefficients, weight, bias, y)
     omega, p, norm2 = project(z, q, segment, 1, num_tasks, task, clamp, impl)
     return outputs(z, p, [layer], impl)[0], omega, p, norm2
 

@@ -52,11 +52,14 @@ def project(
     clamp: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """omega ``(N,)`` or ``(N, S)``, P, norm2 ``(N,)``; omega and norm2 empty where no ratio is wanted."""
+    """omega ``(N,)`` or ``(N, S)``, P, norm2 ``(N,)``; omega and norm2 empty where no ratio is wanted.
+
+    z has dense rows, here and in :func:`outputs`.
+    """
     wanted = task is not None
     ratio = {"task": task, "clamp": clamp, "ratio": wanted, "siblings": siblings if wanted else 1}
     with _exactly(z):
-        found = dispatch.steps(impl).project(dense_rows(z), q, segment, num_tasks * siblings, **ratio)
+        found = dispatch.steps(impl).project(z, q, segment, num_tasks * siblings, **ratio)
     if task is None:
         return z.new_empty(0), found.p, z.new_empty(0)
     return found.omega, found.p, found.norm2
@@ -64,8 +67,7 @@ def project(
 
 def outputs(z: Tensor, p: Tensor, layers: Sequence[Sibling], impl: str) -> list[Tensor]:
     """Y of each layer; the outputs of base layers are tensors here."""
-    steps, z = dispatch.steps(impl), dense_rows(z)
-    ys = []
+    steps, ys = dispatch.steps(impl), []
     with _exactly(z):
         for layer, own in zip(layers, _columns(p, layers), strict=True):
             if _has_core(layer):
