@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -91,47 +92,48 @@ LLAMAS = {  # hidden, feed-forward, heads, heads of keys, blocks, tasks, rank, t
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def test_memory_of_a_block(record, size) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_memory_of_a_block(record, size, dtype) -> None:
     """Bytes that autograd keeps per token and block of a Llama, against the planner and the eager loop."""
     hidden, wide, heads, of_keys, blocks, tasks, rank, tokens = LLAMAS[size]
-    shape = (hidden, wide, heads, of_keys, blocks)
+    shape = (hidden, wide, heads, of_keys, blocks, dtype)
     ranks = {f"t{k}": rank for k in range(tasks)}
     names = [n for n, _ in _llama(*shape, device="meta").named_modules() if n.endswith(_LINEAR)]
     targets = select_targets(names)
     ids = torch.randint(0, 60, (1, tokens))
-    case = f"d={hidden} ff={wide} K={tasks} r={rank} {tokens} tokens float32"
+    case = f"d={hidden} ff={wide} K={tasks} r={rank} {tokens} tokens {str(dtype)[6:]}"
     eager = _eager_kept(_llama(*shape), names, targets, ranks, ids) / (tokens * blocks)
     record(case, "eager concatenated adapters with ratio hooks", eager, "bytes a token and block")
     share = {}
     for recompute in ("never", "feed_forward", "always"):
-        kept, alive, peaks = {}, {}, {}
+        kept, peaks = {}, {}
         for n in (tokens, 4 * tokens):
-            kept[n], alive[n], peaks[n] = _ours(_llama(*shape), names, targets, ranks, n, recompute)
-        share[recompute] = kept[tokens] / (tokens * blocks) / eager
-        record(
-            case,
-            f"ours, checkpointing {recompute}",
-            kept[tokens] / (tokens * blocks),
-            "bytes a token and block",
-        )
+            kept[n], peaks[n] = _ours(_llama(*shape), names, targets, ranks, n, recompute)
+        each = kept[tokens] / (tokens * blocks)
+        share[recompute] = each / eager
+        record(case, f"ours, checkpointing {recompute}", each, "bytes a token and block")
         record(case, f"ours, checkpointing {recompute}", share[recompute], "of the eager loop's bytes")
         plan = FakeMerge(
             _llama(*shape, device="meta"), {t: dict.fromkeys(names, rank) for t in ranks}, targets
         )
-        found = plan.run(1, tokens, recompute, masked=False)
-        assert abs(found.kept / alive[tokens] - 1) <= 0.05
-        if recompute != "always":
-            # Of a checkpointed block, autograd's hooks do not see what the blocks share (rotary tables).
-            assert abs(found.kept / kept[tokens] - 1) <= 0.05
+        assert abs(plan.run(1, tokens, recompute, masked=False).kept / kept[tokens] - 1) <= 0.05
         growth = peaks[4 * tokens] / peaks[tokens]
         record(case, f"peak at four times the tokens, checkpointing {recompute}", growth, "times the peak")
         assert 3.6 <= growth <= 4.4
     assert share["always"] <= 0.1
     assert share["feed_forward"] <= 0.5
-    assert share["never"] <= 1.05
+    assert share["never"] <= 0.85
 
 
-def _llama(hidden: int, wide: int, heads: int, of_keys: int, blocks: int, device: str = "cpu") -> nn.Module:
+def _llama(
+    hidden: int,
+    wide: int,
+    heads: int,
+    of_keys: int,
+    blocks: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> nn.Module:
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
@@ -143,13 +145,14 @@ def _llama(hidden: int, wide: int, heads: int, of_keys: int, blocks: int, device
         vocab_size=60,
     )
     with torch.device(device):
-        return LlamaModel(config).eval().requires_grad_(False)
+        return LlamaModel(config).to(dtype).eval().requires_grad_(False)
 
 
 def _factors(model: nn.Module, name: str, rank: int) -> tuple[Tensor, Tensor]:
     layer = model.get_submodule(name)
     down = torch.randn(rank, layer.in_features) / layer.in_features**0.5
-    return down, torch.randn(layer.out_features, rank) * 0.02
+    up = torch.randn(layer.out_features, rank) * 0.02
+    return down.to(layer.weight.dtype), up.to(layer.weight.dtype)
 
 
 def _eager_kept(
@@ -160,7 +163,9 @@ def _eager_kept(
     for name in names:
         pairs = [_factors(model, name, rank) for rank in ranks.values()]
         layer = EagerLayer(
-            model.get_submodule(name), *zip(*pairs, strict=True), torch.full((len(ranks),), 0.4)
+            model.get_submodule(name),
+            *zip(*pairs, strict=True),
+            torch.full((len(ranks),), 0.4, dtype=pairs[0][0].dtype),
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -182,8 +187,8 @@ def _ours(
     ranks: dict[str, int],
     tokens: int,
     recompute: str,
-) -> tuple[int, int, int]:
-    """Bytes kept, by what autograd saves; bytes alive after the forward pass; the most alive at any time."""
+) -> tuple[int, int]:
+    """Bytes alive after the forward pass, and the most alive at any time."""
     adapters = {
         task: {name: canonical(*_factors(model, name, rank)) for name in names}
         for task, rank in ranks.items()
@@ -195,14 +200,13 @@ def _ours(
         torch.zeros(1, dtype=torch.int64),
     )
     fixed = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters(), *inputs.values()]
-    pointers = {t.data_ptr() for t in fixed}
-    with checkpointed(model, installation.modules, recompute):
-        # The first pass runs to the end, all others to the last target module.
-        with LiveBytes().ignore([*fixed, batch]) as live:
-            loss = driver.forward(inputs, TokenBatch(batch))
-            alive = live.now
-            loss.backward()
-        del loss
-        kept = _kept(lambda: driver.forward(inputs, TokenBatch(batch)), batch, pointers)
+    # The first pass runs to the end, all others to the last target module.
+    with (
+        checkpointed(model, installation.modules, recompute),
+        LiveBytes().ignore([*fixed, batch]) as live,
+    ):
+        loss = driver.forward(inputs, TokenBatch(batch))
+        kept = live.now
+        loss.backward()
     installation.monitor.clear()
-    return kept, alive, live.peak
+    return kept, live.peak

@@ -1,9 +1,10 @@
 """Less memory during the optimisation: blocks that are computed again in the backward pass instead of kept.
 
 The backward pass needs what the forward pass made. Kept per block of a decoder are the inputs of its norms,
-the queries, keys, values and output of its attention and three feed-forward tensors, and for each adapted
-module the projection P. Computed again, only the block's input is kept, for one more forward pass without
-the last product of each block, which nothing that is kept comes after.
+the queries, keys, values and output of its attention and two feed-forward tensors, and for each adapted
+module the projection P; what follows from these without a product is not (:mod:`nsc_fast.saved`). Computed
+again, only the block's input is kept, for one more forward pass without the last product of each block,
+which nothing that is kept comes after.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .coefficients import block_of
 from .errors import MergeError
+from .saved import compact_saved
 
 __all__ = ["EndOfPass", "LiveBytes", "blocks_of", "checkpointed", "parse_bytes", "readable_bytes"]
 
@@ -55,12 +57,13 @@ def checkpointed(
     """For a while, blocks keep only their input for the backward pass and are computed again there.
 
     Works in evaluation mode, where transformers' own checkpointing does nothing. The gradients are the same.
+    What is kept outside of such blocks is kept in its smaller form, see :func:`nsc_fast.saved.compact_saved`.
 
     Args:
         model: changed in place by wrapped ``forward`` methods, which are gone when the block ends.
         modules: paths of adapted modules; the stacks of blocks that they stand in are wrapped.
         recompute: "always" computes whole blocks again, "feed_forward" only the part behind the attention,
-            "never" nothing.
+            "never" no block.
         offload: the kept inputs wait in the host's memory. Nothing changes for tensors that are there anyway.
 
     Raises:
@@ -69,7 +72,8 @@ def checkpointed(
     if recompute not in get_args(Recompute):
         raise MergeError(f"checkpointing={recompute!r}: choose one of {', '.join(get_args(Recompute))}")
     if recompute == "never":
-        yield model
+        with compact_saved():
+            yield model
         return
     found = list(blocks_of(model, modules).values())
     if recompute == "feed_forward":
@@ -85,7 +89,8 @@ def checkpointed(
     try:
         for part in before:
             part.forward = _recomputing(part.forward, offload)
-        yield model
+        with compact_saved():
+            yield model
     finally:
         for part, own in before.items():
             if own is None:

@@ -59,7 +59,7 @@ class Case:
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("kind", list(MODELS))
-@pytest.mark.parametrize("recompute", ["feed_forward", "always"])
+@pytest.mark.parametrize("recompute", ["never", "feed_forward", "always"])
 def test_recomputation_changes_nothing(kind, recompute, dtype, limit):
     case = Case(kind, dtype)
     loss, ratios, grads = case.step()

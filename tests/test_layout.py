@@ -36,6 +36,7 @@ FLOORS = {
         "memory",
         "monitor",
         "packing",
+        "saved",
         "siblings",
         "soap",
         "targets",
