@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .coefficients import block_of
 from .errors import MergeError
-from .saved import compact_saved
+from .saved import compact_saved, kept_once
 
 __all__ = ["EndOfPass", "LiveBytes", "blocks_of", "checkpointed", "parse_bytes", "readable_bytes"]
 
@@ -119,6 +119,7 @@ def _recomputing(forward: Callable[..., Any], offload: bool) -> Callable[..., An
             out = checkpoint(inside, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         if ended:
             raise EndOfPass
+        kept_once(out)
         return out
 
     return run
