@@ -33,6 +33,8 @@ def compact_saved() -> torch.autograd.graph.saved_tensors_hooks:
     made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def pack(tensor: Tensor) -> _Later:
+        if tensor.grad_fn is None:
+            return _as_it_is(tensor)
         version, later = made.get(tensor, (None, None))
         if version == tensor._version:
             return later
