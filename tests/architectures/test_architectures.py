@@ -1,5 +1,7 @@
 """Every common architecture: gradients, a merge, and what PEFT makes of the written folder."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from architecture_checks import (
@@ -19,6 +21,7 @@ from nsc_fast import merge_adapters
 from nsc_fast.adapters import read_adapter
 from nsc_fast.driver import target_modules
 from nsc_fast.parameters import NSCParameters
+from nsc_fast.saved import compact_saved
 
 pytest.importorskip("peft")
 
@@ -53,3 +56,25 @@ def test_gradients_merge_and_reload(name, tmp_path):
     table = {m: dict(zip(result.stack_tasks[m], c, strict=True)) for m, c in result.coefficients.items()}
     merged = with_weights(model, merged_weights(model, adapters, table))
     check_reload(row.build(), tmp_path / "out", merged, model, batches["a"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ROWS)
+def test_what_is_kept_in_its_smaller_form_changes_no_bit(name, dtype, tmp_path):
+    row = ROWS[name]
+    model = row.build(dtype)
+    paths = train(model, row.adapted, tmp_path)
+    updates = {task: read_adapter(path, name=task).canonical() for task, path in paths.items()}
+    batches = {
+        task: {k: v.to(dtype) if v.is_floating_point() else v for k, v in row.inputs(i).items()}
+        for i, task in enumerate(RANKS)
+    }
+    targets = target_modules(model, updates, NSCParameters(scope={"layers": "all"}))
+    found = []
+    for forms in (nullcontext, compact_saved):
+        with forms():
+            value, coefficients = second_step(model, updates, batches, targets)
+        grads = [p.grad for p in coefficients.parameters() if p.grad is not None]
+        found.append((value, torch.cat([g.flatten() for g in grads])))
+    (value, grads), (same, own) = found
+    assert own.abs().max() > 0 and value == same and torch.equal(grads, own)
