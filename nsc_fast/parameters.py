@@ -75,7 +75,7 @@ class Memory(Strict):
         batching: "auto" joins the tasks' batches in one forward pass where that saves time, "always" insists,
             "never" runs them one after another.
         checkpointing: what is computed again in the backward pass instead of kept: whole blocks ("always"),
-            their feed-forward parts, or nothing. "auto" is nothing, or what a memory budget asks for.
+            their feed-forward parts, or neither. "auto" is neither, or what a memory budget asks for.
         offload: what a checkpointed block keeps waits in the host's memory.
         micro_batch: sequences of each task in one forward pass at most. Default: the batch.
     """
@@ -87,7 +87,7 @@ class Memory(Strict):
 
     @property
     def recompute(self) -> Literal["never", "feed_forward", "always"]:
-        """``checkpointing`` with "auto" decided: nothing is computed again unless a plan said so."""
+        """``checkpointing`` with "auto" decided: no part is computed again unless a plan said so."""
         return "never" if self.checkpointing == "auto" else self.checkpointing
 
     @model_validator(mode="after")
