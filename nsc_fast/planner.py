@@ -60,7 +60,7 @@ class Choice:
         rows = f"{self.micro_batch} sequence{'s' * (self.micro_batch > 1)} of "
         rows += "each task in a pass" if self.together else "one task in a pass"
         offload = ", their inputs on the host" if self.offload else ""
-        kept = {"never": "nothing", "feed_forward": "feed-forward parts", "always": "blocks"}[self.recompute]
+        kept = {"never": "no part", "feed_forward": "feed-forward parts", "always": "blocks"}[self.recompute]
         return f"{rows}, {kept} computed again{offload}"
 
 

@@ -310,7 +310,7 @@ def test_dry_run_prints_the_plan(tmp_path, recipe):
     done = merge(tmp_path, recipe, "--max-memory", "24GB")
     assert done.exit_code == 0, done.output
     words = " ".join(done.output.split())
-    assert "plan: 4 sequences of each task in a pass, nothing computed again" in words
+    assert "plan: 4 sequences of each task in a pass, no part computed again" in words
     assert "computed, not measured" in words
 
 

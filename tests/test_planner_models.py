@@ -262,7 +262,7 @@ def test_texts_for_an_encoder_and_a_decoder(tmp_path, recipe):
     made = recipe("t5", "SEQ_2_SEQ_LM")
     code, said = plan_of(tmp_path, made)
     assert code == 0, said
-    assert "plan: 4 sequences of each task in a pass, nothing computed again" in said
+    assert "plan: 4 sequences of each task in a pass, no part computed again" in said
     work = workload(make_recipe(made, where="test"))
     assert (work.inputs, work.length, work.limit) == (RowInputs(decoder=1), 32, None)
     assert work.data_bytes == 2 * 256 * 32 * 16
@@ -281,7 +281,7 @@ def test_the_closed_form_gets_no_parameter_that_it_lacks(tmp_path, recipe):
     made = recipe("t5", "SEQ_2_SEQ_LM", merge_method="closed_form")
     code, said = plan_of(tmp_path, made)
     assert code == 0, said
-    assert "plan: 4 sequences of one task in a pass, nothing computed again" in said
+    assert "plan: 4 sequences of one task in a pass, no part computed again" in said
     work = workload(make_recipe(made, where="test"))
     assert (work.objective, work.merges, work.core_numbers) == ("moments", 1, 0)
     plan = Plan(work, 24 * 10**9)
