@@ -150,6 +150,28 @@ def test_input_gradient_moves_the_bytes_it_must(target, n):
 
 
 @needs_checker
+def test_siblings_move_little_more_than_one_module():
+    """Queries, keys and values, r = 16: forward and backward of the three ratios against those of one, in
+    bytes through device memory, and in bytes asked for, the cache's included."""
+    n, d, r, target = 1024, 1024, 16, "sm_90"
+    z = torch.randn(n, d, dtype=torch.bfloat16)
+    moved = {}
+    for siblings in (1, 3):
+        rank = siblings * r
+        q = torch.randn(rank, d, dtype=torch.bfloat16) / d**0.5
+        segment, how = segments([r] * siblings), {"task": 0, "siblings": siblings, "clamp": CLAMP}
+        with checked() as checker:
+            first = project(z, q, segment, siblings, choice=project_choice(rank, z.dtype, target), **how)
+            a, flat = torch.rand(first.omega.shape), expand_choice(rank, z.dtype, target)
+            state = first.p, first.norm2, first.omega, a, segment, siblings
+            ratio_backward(z, q, *state, choice=flat, **how)
+        report = checker.report()
+        moved[siblings] = report["dram_min"], report["stat"]["load"]["bytes"]
+    assert moved[3][0] <= 1.1 * moved[1][0]
+    assert moved[3][1] <= 1.4 * moved[1][1]
+
+
+@needs_checker
 def test_accumulating_costs_one_more_read_of_the_output():
     """The reason why expand runs before the base product: alone it moves N d, accumulating 2 N d."""
     p, c_mat, coef = torch.randn(128, 16), torch.randn(512, 16), torch.randn(16)
