@@ -2,7 +2,7 @@
 
 Some of the kept tensors follow from something smaller, or from what is kept anyway, without a product:
 
-- outputs of activation functions, gates and norms, whose inputs are kept as well: they are computed again;
+- outputs of SiLU and GELU, gates and RMS norms, whose inputs are kept as well: they are computed again;
 - a wider copy (norms work in float32 on a bfloat16 model): the narrow values are kept, which are the same;
 - keys and values repeated for all query heads of their group: one of each group is kept.
 
