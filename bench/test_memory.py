@@ -17,6 +17,7 @@ from nsc_fast.monitor import TokenBatch
 from nsc_fast.ops import merged_linear
 from nsc_fast.targets import select_targets
 
+from .llama import random_llama
 from .peers import EagerLayer, GramRatio, MaterialisedLayer
 
 SHAPES = {  # tokens, width, tasks, rank
@@ -98,24 +99,24 @@ def test_memory_of_a_block(record, size, dtype) -> None:
     hidden, wide, heads, of_keys, blocks, tasks, rank, tokens = LLAMAS[size]
     shape = (hidden, wide, heads, of_keys, blocks, dtype)
     ranks = {f"t{k}": rank for k in range(tasks)}
-    names = [n for n, _ in _llama(*shape, device="meta").named_modules() if n.endswith(_LINEAR)]
+    names = [n for n, _ in random_llama(*shape, device="meta").named_modules() if n.endswith(_LINEAR)]
     targets = select_targets(names)
     ids = torch.randint(0, 60, (1, tokens))
     case = f"d={hidden} ff={wide} K={tasks} r={rank} {tokens} tokens {str(dtype)[6:]}"
-    eager = _eager_kept(_llama(*shape), names, targets, ranks, ids) / (tokens * blocks)
+    eager = _eager_kept(random_llama(*shape), names, targets, ranks, ids) / (tokens * blocks)
     record(case, "eager concatenated adapters with ratio hooks", eager, "bytes a token and block")
+    plan = FakeMerge(
+        random_llama(*shape, device="meta"), {t: dict.fromkeys(names, rank) for t in ranks}, targets
+    )
     share = {}
     for recompute in ("never", "feed_forward", "always"):
         kept, peaks = {}, {}
         for n in (tokens, 4 * tokens):
-            kept[n], peaks[n] = _ours(_llama(*shape), names, targets, ranks, n, recompute)
+            kept[n], peaks[n] = _ours(random_llama(*shape), names, targets, ranks, n, recompute)
         each = kept[tokens] / (tokens * blocks)
         share[recompute] = each / eager
         record(case, f"ours, checkpointing {recompute}", each, "bytes a token and block")
         record(case, f"ours, checkpointing {recompute}", share[recompute], "of the eager loop's bytes")
-        plan = FakeMerge(
-            _llama(*shape, device="meta"), {t: dict.fromkeys(names, rank) for t in ranks}, targets
-        )
         assert abs(plan.run(1, tokens, recompute, masked=False).kept / kept[tokens] - 1) <= 0.05
         growth = peaks[4 * tokens] / peaks[tokens]
         record(case, f"peak at four times the tokens, checkpointing {recompute}", growth, "times the peak")
@@ -123,29 +124,6 @@ def test_memory_of_a_block(record, size, dtype) -> None:
     assert share["always"] <= 0.1
     assert share["feed_forward"] <= 0.3
     assert share["never"] <= 0.75
-
-
-def _llama(
-    hidden: int,
-    wide: int,
-    heads: int,
-    of_keys: int,
-    blocks: int,
-    dtype: torch.dtype,
-    device: str = "cpu",
-) -> nn.Module:
-    from transformers import LlamaConfig, LlamaModel
-
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=wide,
-        num_attention_heads=heads,
-        num_key_value_heads=of_keys,
-        num_hidden_layers=blocks,
-        vocab_size=60,
-    )
-    with torch.device(device):
-        return LlamaModel(config).to(dtype).eval().requires_grad_(False)
 
 
 def _factors(model: nn.Module, name: str, rank: int) -> tuple[Tensor, Tensor]:
@@ -200,7 +178,7 @@ def _ours(
         torch.zeros(1, dtype=torch.int64),
     )
     fixed = [*model.parameters(), *model.buffers(), *installation.coefficients.parameters(), *inputs.values()]
-    # The first pass runs to the end, all others to the last target module.
+    # The first pass with such inputs: it runs to the end.
     with (
         checkpointed(model, installation.modules, recompute),
         LiveBytes().ignore([*fixed, batch]) as live,

@@ -14,14 +14,16 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from nsc_fast.batches import Batch
 from nsc_fast.driver import Driver
 from nsc_fast.factors import LowRankUpdate, canonical
 from nsc_fast.layers import install, remove
 from nsc_fast.memory import Recompute, checkpointed
 from nsc_fast.targets import select_targets
 
+from .llama import random_llama
 from .peers import EagerLayer, GramRatio, eager_steps
 
 SHAPES = {  # layers, width, tasks, rank, tokens per task
@@ -65,10 +67,7 @@ def test_step(compare, device, size, like) -> None:
         parent, _, child = name.rpartition(".")
         setattr(twin.get_submodule(parent), child, layer)
 
-    def ours() -> float:
-        installation.coefficients.zero_grad()
-        with checkpointed(model, installation.modules, "never"):
-            return driver.losses(named)[0]
+    ours = partial(_step, driver, named)
 
     def eager() -> float:
         twin.zero_grad()
@@ -96,35 +95,29 @@ def test_step(compare, device, size, like) -> None:
 def test_step_recomputed(compare, device, size) -> None:
     """What it costs to compute feed-forward parts or whole blocks again instead of keeping them."""
     layers, width, tasks, rank, tokens = SHAPES[size]
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width * 7 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=60,
-    )
-    model = LlamaModel(config).to(device).eval()
+    model = random_llama(width, width * 7 // 2, 8, 2, layers, device=device)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     adapters = _adapters({n: _factors(model.get_submodule(n), tasks, rank) for n in names}, tasks)
     installation = install(model, adapters, targets=select_targets(names))
     driver = Driver(model, installation)
     batches = {task: {"input_ids": torch.randint(0, 60, (1, tokens)).to(device)} for task in adapters}
-
-    def step(recompute: Recompute) -> float:
-        installation.coefficients.zero_grad()
-        with checkpointed(model, installation.modules, recompute):
-            return driver.losses(batches)[0]
-
-    loss = step("never")
-    again = {way: partial(step, way) for way in ("feed_forward", "always")}
+    plain = partial(_step, driver, batches)
+    loss = plain()
+    again = {way: partial(plain, way) for way in ("feed_forward", "always")}
     assert all(abs(run() - loss) <= 1e-6 for run in again.values())
     compare(
-        partial(step, "never"),
+        plain,
         {f"checkpointing {way}": run for way, run in again.items()},
         case=f"{layers} layers d={width} K={tasks} r={rank} {tokens} tokens a task",
     )
     remove(model)
+
+
+def _step(driver: Driver, batches: Mapping[str, Batch], recompute: Recompute = "never") -> float:
+    """Loss of one step, in the way a merge runs it; the gradients are left at the coefficients."""
+    driver.installation.coefficients.zero_grad()
+    with checkpointed(driver.model, driver.installation.modules, recompute):
+        return driver.losses(batches)[0]
 
 
 _Factors = tuple[list[torch.Tensor], list[torch.Tensor]]

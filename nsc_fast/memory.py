@@ -71,20 +71,7 @@ def checkpointed(
     """
     if recompute not in get_args(Recompute):
         raise MergeError(f"checkpointing={recompute!r}: choose one of {', '.join(get_args(Recompute))}")
-    if recompute == "never":
-        with compact_saved():
-            yield model
-        return
-    found = list(blocks_of(model, modules).values())
-    if recompute == "feed_forward":
-        found = [child for b in found for name, child in b.named_children() if _FEED_FORWARD.match(name)]
-    wrapped = [part for part in found if type(part).forward is not nn.Module.forward]
-    if not wrapped:
-        what = "numbered blocks" if recompute == "always" else "feed-forward part in numbered blocks"
-        raise MergeError(
-            f"checkpointing={recompute!r}: {type(model).__name__} has no {what} that could be computed "
-            "again; set checkpointing to 'never' and micro_batch to a smaller number"
-        )
+    wrapped = [] if recompute == "never" else _recomputed(model, modules, recompute)
     before = {part: part.__dict__.get("forward") for part in wrapped}
     try:
         for part in before:
@@ -97,6 +84,21 @@ def checkpointed(
                 part.__dict__.pop("forward", None)
             else:
                 part.forward = own
+
+
+def _recomputed(model: nn.Module, modules: Iterable[str], recompute: Recompute) -> list[nn.Module]:
+    """The parts of the model that are computed again: blocks, or what is behind their attention."""
+    found = list(blocks_of(model, modules).values())
+    if recompute == "feed_forward":
+        found = [child for b in found for name, child in b.named_children() if _FEED_FORWARD.match(name)]
+    called = [part for part in found if type(part).forward is not nn.Module.forward]
+    if not called:
+        what = "numbered blocks" if recompute == "always" else "feed-forward part in numbered blocks"
+        raise MergeError(
+            f"checkpointing={recompute!r}: {type(model).__name__} has no {what} that could be computed "
+            "again; set checkpointing to 'never' and micro_batch to a smaller number"
+        )
+    return called
 
 
 def _recomputing(forward: Callable[..., Any], offload: bool) -> Callable[..., Any]:
